@@ -1,0 +1,195 @@
+"""Peak memory of a training step, for any model shape and method, without a GPU and without weights.
+
+The project's own model, sampler, optimizer and `train.accumulate_gradients` run on fake tensors (shapes without data, torch's
+FakeTensorMode) while a dispatch mode follows which storages are alive: what is counted is every byte of every tensor.
+On a CUDA GPU the same step then runs for real, with random weights, and torch.cuda.max_memory_allocated stands beside
+the prediction.
+
+    python bench/memory.py --model llama2-7b --batch-size 1 --seq-len 1024 --embeddings projected
+    python bench/memory.py --table          # all of bench/results/memory.md
+"""
+
+import argparse
+import datetime
+import platform
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from data import Parser, atomic_write, run_command  # noqa: E402
+from model import ModelConfig, Transformer, checkpoint_layout, read_hf, read_meta  # noqa: E402
+from owlore import LayerSampler  # noqa: E402
+
+MODELS = {
+    "llama2-7b": ModelConfig(),
+    "llama3-8b": ModelConfig(vocab_size=128256, n_kv_heads=8, hidden_dim=14336, rope_theta=500000.0),
+    "mistral-7b": ModelConfig(n_kv_heads=8, hidden_dim=14336, head_dim=128, rope_theta=1e6, vocab_size=32768),
+}
+GIB = 2**30
+DRAWS = 4  # layers are redrawn so many times, two steps each: the second has the moments that the first one made
+
+
+class LiveStorages(TorchDispatchMode):
+    """Follows the storages of all tensors that operations return, from first sight until they are freed.
+
+    live, peak: bytes now, and the most there have been since `peak` was last set."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run the operation and count the storages it made."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """Add a storage, unless it is known, until it is freed."""
+        key, size = id(storage), storage.nbytes()
+        if key in self.known:
+            return
+
+        def freed(_):
+            self.live -= size
+            del self.known[key]
+
+        self.known[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def draw_layers(config: ModelConfig, args: argparse.Namespace) -> list[list[int]]:
+    """The layers of DRAWS draws, uniform ones: random numbers are real, so they are drawn outside the fake tensors."""
+    uniform = torch.ones(config.n_layers) / config.n_layers
+    sampler = LayerSampler([torch.nn.Identity()] * config.n_layers, uniform, args.active)
+    return [sampler.resample() for _ in range(DRAWS)]
+
+
+def run_steps(config: ModelConfig, args: argparse.Namespace, draws: list[list[int]], device: str) -> tuple[int, int]:
+    """Two training steps with each draw's layers, with random weights and tokens. Returns the bytes of the weights and of
+    the optimizer's state at the end."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = Transformer(config)
+        tokens = torch.ones(args.batch_size, args.seq_len, dtype=torch.int64)
+    torch.set_default_dtype(torch.float32)
+    model.checkpoint_blocks = True
+    optimizer = train.build_optimizer(model, args)
+    sampler = LayerSampler(model.layers, torch.ones(config.n_layers), args.active)
+    for drawn in draws if train.METHODS[args.method][0] else [list(range(config.n_layers))]:
+        sampler.activate(drawn)
+        for _ in range(2):
+            train.accumulate_gradients(model, optimizer, [(tokens, tokens, 1.0)], max_grad_norm=1.0)
+            optimizer.step()
+    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+    return sum(parameter.nbytes for parameter in model.parameters()), state
+
+
+def measure(config: ModelConfig, args: argparse.Namespace) -> dict[str, int | None]:
+    """Bytes of a configuration: weights, optimizer state, predicted peak and, on a CUDA GPU, measured peak."""
+    draws = draw_layers(config, args)
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveStorages() as live:
+        weights, state = run_steps(config, args, draws, "cpu")
+    measured = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run_steps(config, args, draws, "cuda")
+        measured = torch.cuda.max_memory_allocated()
+    return {"weights": weights, "state": state, "predicted": live.peak, "measured": measured}
+
+
+def parse_shape(name: str) -> ModelConfig:
+    """A known model's shape, or that of a checkpoint folder (its weights are not read)."""
+    if name in MODELS:
+        return MODELS[name]
+    path = Path(name)
+    params, _ = read_meta(path) if checkpoint_layout(path) == "meta" else read_hf(path)
+    return ModelConfig(**params)
+
+
+def describe(name: str, args: argparse.Namespace, result: dict) -> str:
+    """A row of the table."""
+    cells = [name, args.method, args.embeddings, f"{args.batch_size} x {args.seq_len}"]
+    cells += [f"{result[key] / GIB:.2f}" if result[key] else "" for key in ("weights", "state", "predicted", "measured")]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADER = """| model | method | embeddings | batch x length | weights | optimizer state | peak, predicted | peak, measured on a GPU |
+|---|---|---|---|---|---|---|---|"""
+TABLE = [  # model, method, embeddings, batch, length
+    *(("llama2-7b", "owlore", embeddings, 1, 1024) for embeddings in ("full", "projected", "frozen")),
+    *(("llama2-7b", "owlore", embeddings, 16, 512) for embeddings in ("full", "projected", "frozen")),
+    *(("llama2-7b", method, "full", 1, 1024) for method in ("lisa", "galore", "full")),
+    *(("llama2-7b", method, "full", 16, 512) for method in ("lisa", "galore", "full")),
+    *(("llama3-8b", "owlore", embeddings, 1, 1024) for embeddings in ("full", "projected", "frozen")),
+    *(("llama3-8b", method, "full", 1, 1024) for method in ("lisa", "galore", "full")),
+    *(("mistral-7b", "owlore", embeddings, 1, 1024) for embeddings in ("full", "projected", "frozen")),
+]
+
+
+def settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
+    """The published recipe, where flags do not say otherwise."""
+    args = argparse.Namespace(**vars(args), update_gap=100, scale=1.0, lr=3e-4, weight_decay=0.0, svd="randomized")
+    share = train.METHODS[args.method][2] / 32
+    args.active = args.active or -int(-share * config.n_layers // 1)
+    args.rank = args.rank or max(1, config.dim // 16)
+    return args
+
+
+def main() -> None:
+    """Print one configuration's memory, or write the whole table."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama2-7b", help=f"{', '.join(MODELS)} or a checkpoint folder (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, help="rows at once (default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, default=1024, help="default: %(default)s")
+    parser.add_argument("--method", choices=train.METHODS, default="owlore", help="default: %(default)s")
+    parser.add_argument("--embeddings", choices=("full", "projected", "frozen"), default="full", help="default: %(default)s")
+    parser.add_argument("--active", type=int, help="default: as train.py's")
+    parser.add_argument("--rank", type=int, help="default: dim / 16")
+    parser.add_argument("--table", action="store_true", help="write bench/results/memory.md")
+    args = parser.parse_args()
+    print(HEADER, flush=True)
+    if not args.table:
+        config = parse_shape(args.model)
+        args = settings(args, config)
+        print(describe(args.model, args, measure(config, args)))
+        return
+    lines = []
+    for name, method, embeddings, batch, length in TABLE:
+        row = argparse.Namespace(method=method, embeddings=embeddings, batch_size=batch, seq_len=length, active=None, rank=None)
+        row = settings(row, MODELS[name])
+        lines.append(describe(name, row, measure(MODELS[name], row)))
+        print(lines[-1], flush=True)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: nothing was measured on one"
+    text = f"""# Peak memory of training steps, in GiB
+
+`python bench/memory.py --table`, {datetime.date.today()}, torch {torch.__version__}, Python {platform.python_version()},
+{gpu}. The published recipe: 5 active layers of 32 (LISA 2), rank 256, bf16 weights, fp32 optimizer state, blocks
+recomputed; the peak over {DRAWS} draws of layers, two steps each. GiB = 2^30 bytes.
+
+{HEADER}
+{chr(10).join(lines)}
+
+For comparison: the paper (arXiv 2405.18380) reports 21 GB for OwLore on LLaMA-2-7B.
+"""
+    (ROOT / "bench" / "results").mkdir(exist_ok=True)
+    with atomic_write(ROOT / "bench" / "results" / "memory.md") as file:
+        file.write(text.encode())
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,606 @@
+"""Fine-tune a LLaMA-style checkpoint by OwLore, or by one of the methods it is compared with: one loop serves all.
+
+                     gradients as they are    gradients projected
+    all layers       full                     galore
+    sampled layers   lisa                     owlore
+
+Weights and activations are bf16 on a GPU (fp32 on a CPU); loss, optimizer state and its arithmetic are fp32.
+
+    python train.py                                             the embedded example, two minutes on a CPU
+    python train.py --ckpt llama2-7b --data commonsense_170k.json --out runs/commonsense
+"""
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from data import (
+    TINY, Dataset, InputError, Parser, Record, Tokenizer, atomic_write, build_dataset, copy_tokenizer, load_records,
+    load_tokenizer, read_json, run_command, split_records, sync_folder,
+)  # fmt: skip
+from model import Transformer, checkpoint_layout, load_model, save_model
+from owlore import (
+    CALIBRATION_ROWS, LayerSampler, ProjectedAdam, default_threshold, layer_chart, outlier_distribution,
+    sampling_probabilities,
+)  # fmt: skip
+
+# method: how layers are sampled (None: all are trained), whether gradients are projected, and the published number of
+# active layers (of 32) and interval
+METHODS = {
+    "owlore": ("outlier", True, 5, 50),
+    "lisa": ("uniform", False, 2, 3),
+    "galore": (None, True, 32, 50),
+    "full": (None, False, 32, 50),
+}
+HELD_OUT, HELD_OUT_RECORDS = 0.05, 500  # share of --data, and at most so many records, kept for validation
+
+
+def flag_parser() -> Parser:
+    """The command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", default=str(TINY), help="checkpoint folder, Meta's or Hugging Face's layout (default: the embedded tiny/)")
+    add("--data", help="training data: .txt, .json or .jsonl (default with the default --ckpt: tiny/train.json)")
+    add("--val-data", help=f"validation data (default: {HELD_OUT:.0%} of --data, held out; for tiny/ its val.json)")
+    add("--out", help="run folder (default: the first free of runs/NAME, runs/NAME-2, ...)")
+    add("--method", choices=METHODS, default="owlore", help="default: %(default)s")
+    add("--sampling", choices=("outlier", "uniform", "reverse", "increasing", "decreasing"), help="how layers are drawn (default: owlore outlier, lisa uniform)")  # fmt: skip
+    add("--active", type=int, help="layers trained at a time (default: 5 of every 32, lisa 2 of every 32)")
+    add("--interval", type=int, help="optimizer steps between two draws (default: 50, lisa 3)")
+    add("--rank", type=int, help="of the projection (default: dim / 16, which is 256 for a 7B)")
+    add("--update-gap", type=int, default=100, help="steps of a matrix between two projections (default: %(default)s)")
+    add("--scale", type=float, default=1.0, help="of the projected update (default: %(default)s)")
+    add("--svd", choices=("randomized", "exact"), default="randomized", help="default: %(default)s")
+    add("--threshold", type=float, help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")  # fmt: skip
+    add("--embeddings", choices=("full", "projected", "frozen"), default="full", help="embedding and output head (default: %(default)s)")  # fmt: skip
+    add("--lr", type=float, help="peak learning rate (default: 3e-4 * sqrt(4096 / dim), which is 3e-4 for a 7B)")
+    add("--weight-decay", type=float, default=0.0, help="default: %(default)s")
+    add("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="rows in an optimizer step (default: %(default)s)")
+    add("--micro-batch-size", type=int, help="rows at once in forward and backward (default: --batch-size)")
+    add("--seq-len", type=int, help="tokens in a row (default: 512, or the model's context where that is shorter)")
+    add("--epochs", type=int, default=1, help="default: %(default)s")
+    add("--steps", type=int, help="optimizer steps; overrides --epochs")
+    add("--eval-every", type=int, help="steps between evaluations (default: a quarter of the run)")
+    add("--save-every", type=int, help="steps between checkpoints (default: only at the end)")
+    add("--keep", type=int, default=1, help="checkpoints to keep (default: %(default)s, the newest)")
+    add("--dtype", choices=("bf16", "fp32"), help="of weights and activations (default: bf16 on cuda, fp32 elsewhere)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--resume", action="store_true", help="continue the run in --out, with its flags")
+    return parser
+
+
+def parse_args() -> tuple[argparse.Namespace, dict]:
+    """All flags with their defaults, and those given on the command line alone."""
+    parser = flag_parser()
+    args = parser.parse_args()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    given = vars(parser.parse_args())
+    for flag in given.keys() & {"ckpt", "data", "val_data"}:
+        given[flag] = os.path.abspath(given[flag])  # so that a run can be resumed from anywhere
+        setattr(args, flag, given[flag])
+    return args, given
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    """Defaults that depend on other flags alone. Raises InputError for flags out of range."""
+    tiny = Path(args.ckpt) == TINY
+    if args.data is None:
+        if not tiny:
+            raise InputError("--data: give the file to train on")
+        args.data = str(TINY / "train.json")
+        args.val_data = args.val_data or str(TINY / "val.json")
+    if args.out is None:
+        name, number = Path("runs") / (Path(args.ckpt).resolve().name), 1
+        args.out = str(name)
+        while Path(args.out).exists():
+            number += 1
+            args.out = f"{name}-{number}"
+    sampling, _, _, interval = METHODS[args.method]
+    if args.sampling and not sampling:
+        raise InputError(f"--sampling: --method {args.method} trains all layers; leave it out, or use owlore or lisa")
+    if args.active is not None and not sampling:
+        raise InputError(f"--active: --method {args.method} trains all layers; leave it out, or use owlore or lisa")
+    args.sampling = args.sampling or sampling
+    args.interval = interval if args.interval is None else args.interval
+    args.micro_batch_size = args.batch_size if args.micro_batch_size is None else args.micro_batch_size
+    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    for flag in ("active", "interval", "rank", "update_gap", "batch_size", "micro_batch_size", "seq_len", "epochs", "steps",
+                 "eval_every", "save_every", "keep"):  # fmt: skip
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
+    for flag in ("lr", "threshold", "scale", "max_grad_norm"):
+        if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
+            raise InputError(f"--{flag.replace('_', '-')} must be above 0, not {getattr(args, flag)}")
+    if not 0 <= args.weight_decay < math.inf:
+        raise InputError(f"--weight-decay must not be negative, not {args.weight_decay}")
+
+
+def fit_to_model(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> None:
+    """Defaults that follow the model's size. Raises InputError for flags the model cannot follow."""
+    config, share = model.config, METHODS[args.method][2] / 32
+    args.active = math.ceil(share * config.n_layers) if args.active is None else args.active
+    args.rank = max(1, config.dim // 16) if args.rank is None else args.rank
+    args.threshold = default_threshold(config.dim) if args.threshold is None else args.threshold
+    args.lr = 3e-4 * math.sqrt(4096 / config.dim) if args.lr is None else args.lr
+    args.seq_len = min(512, config.max_seq_len) if args.seq_len is None else args.seq_len
+    if args.active > config.n_layers:
+        raise InputError(f"--active {args.active}: the model has {config.n_layers} layers; use {config.n_layers} or fewer")
+    if args.seq_len > config.max_seq_len:
+        raise InputError(f"--seq-len {args.seq_len}: the model's context is {config.max_seq_len}; use that or less")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{args.ckpt}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
+            "they do not belong together"
+        )
+
+
+def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAdam:
+    """Matrices of the layers projected or not, by the method; embedding and head by --embeddings; norms always plain."""
+    projection = METHODS[args.method][1]
+    low_rank = dict(rank=args.rank, update_gap=args.update_gap, scale=args.scale)
+    projected, plain = [], []
+    for name, parameter in model.named_parameters():
+        in_layer = name.startswith("layers.")
+        if not in_layer and parameter.dim() == 2:
+            parameter.requires_grad_(args.embeddings != "frozen")
+            (projected if args.embeddings == "projected" else plain).append(parameter)
+        else:
+            (projected if projection and parameter.dim() == 2 else plain).append(parameter)
+    groups = [{"params": plain}] + ([{"params": projected, **low_rank}] if projected else [])
+    return ProjectedAdam(groups, args.lr, weight_decay=args.weight_decay, svd=args.svd)
+
+
+def accumulate_gradients(
+    model: Transformer, optimizer: ProjectedAdam, micro_batches: list[tuple[Tensor, Tensor, float]], max_grad_norm: float
+) -> tuple[Tensor, Tensor]:
+    """What an optimizer step needs. micro_batches: tokens, targets (int [B, T]) and this part's share of all targets, so
+    that the parts add up to the mean over the whole batch. Returns the loss and the gradients' norm before clipping."""
+    optimizer.zero_grad()
+    loss = 0.0
+    for tokens, targets, share in micro_batches:
+        part = model(tokens, targets) * share
+        part.backward()  # projects each matrix's gradient as soon as it exists
+        loss = loss + part.detach()
+    return loss, optimizer.clip_grad_norm_(max_grad_norm)
+
+
+def memory_parts(model: Transformer, args: argparse.Namespace) -> dict[str, int]:
+    """Bytes that a training step will take, in parts, with the most costly layers active.
+
+    `activations` are those of the backward pass of the topmost block, the moment when most are alive: what each block
+    keeps, with `checkpoint_blocks` its input alone, and what one block needs while it is recomputed. The optimizer step
+    comes after they are freed: the peak is the larger of the two moments."""
+    config, size = model.config, model.output.weight.element_size()
+    sampled, projection = METHODS[args.method][0] is not None, METHODS[args.method][1]
+
+    def low_rank(p: Tensor) -> tuple[int, int]:  # fp32 basis and two moments; fp32 gradient
+        rank = min(args.rank, *p.shape)
+        return 4 * rank * (min(p.shape) + 2 * max(p.shape)), 4 * rank * max(p.shape)
+
+    def cost(p: Tensor, projected: bool) -> tuple[int, int]:  # state, gradient
+        return low_rank(p) if projected and p.dim() == 2 else (8 * p.numel(), size * p.numel())
+
+    layer = [sum(part) for part in zip(*(cost(p, projection) for p in model.layers[0].parameters()))]
+    outer = [cost(model.norm.weight, False)]
+    if args.embeddings != "frozen":
+        heads = {id(p): p for p in (model.tok_embeddings.weight, model.output.weight)}.values()  # once where tied
+        outer += [cost(p, args.embeddings == "projected") for p in heads]
+    outer = [sum(part) for part in zip(*outer)]
+    active = args.active if sampled else config.n_layers
+
+    tokens = args.micro_batch_size * args.seq_len
+    attention = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    # of one block: both norms' inputs and outputs, queries, keys, values and result; gate, up and what they make
+    block = tokens * size * (5 * config.dim + attention + 4 * config.hidden_dim)
+    kept = tokens * size * config.dim if model.checkpoint_blocks else block
+    largest = max(p.numel() for p in model.layers[0].parameters())
+    head = 0 if args.embeddings == "frozen" else size * model.output.weight.numel()
+    return {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "optimizer state": outer[0] + active * layer[0],
+        "gradients": outer[1] + active * layer[1],
+        "activations": config.n_layers * kept + block + size * largest + head,
+    }
+
+
+def peak(parts: dict[str, int]) -> int:
+    """The most bytes alive at once: activations, or gradients, beside weights and optimizer state."""
+    return parts["weights"] + parts["optimizer state"] + max(parts["activations"], parts["gradients"])
+
+
+def memory_report(parts: dict[str, int]) -> str:
+    """The parts in words."""
+    listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    return f"memory: about {peak(parts) / 2**30:.2f} GiB at its peak, of {listed}"
+
+
+def ways_to_save(model: Transformer, args: argparse.Namespace) -> str:
+    """Which flags would make a training step smaller, and by how much."""
+    now, ways = peak(memory_parts(model, args)), []
+    changes = {
+        "--micro-batch-size": {"micro_batch_size": max(1, args.micro_batch_size // 2)},
+        "--seq-len": {"seq_len": max(1, args.seq_len // 2)},
+        "--embeddings": {"embeddings": "projected" if args.embeddings == "full" else "frozen"},
+        "--method": {"method": "owlore", "active": math.ceil(model.config.n_layers * METHODS["owlore"][2] / 32)},
+        "--active": {"active": max(1, args.active // 2)},
+        "--rank": {"rank": max(1, args.rank // 2)},
+    }
+    for flag, change in changes.items():
+        saved = now - peak(memory_parts(model, argparse.Namespace(**vars(args) | change)))
+        if saved > 0:
+            ways.append((saved, f"{flag} {next(iter(change.values()))} would save {saved / 2**30:.2f} GiB"))
+    return "; ".join(text for _, text in sorted(ways, reverse=True))
+
+
+# Evaluation
+
+
+def by_length(dataset: Dataset, batch_size: int) -> list[np.ndarray]:
+    """Rows in batches of similar length, so that little is padded."""
+    order = np.argsort(dataset.rows[:, 1] - dataset.rows[:, 0], kind="stable")
+    return [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
+
+
+@torch.no_grad()
+def validation_loss(model: Transformer, dataset: Dataset, batch_size: int, device: str) -> float:
+    """Mean loss per target token, in nats."""
+    total, count = 0.0, 0
+    for index in tqdm(by_length(dataset, batch_size), "validation loss", leave=False, disable=None):
+        tokens, targets = dataset.batch(index)
+        n = (targets != -100).sum().item()
+        total += model(tokens.to(device), targets.to(device)).item() * n
+        count += n
+    return total / max(count, 1)
+
+
+@torch.no_grad()
+def choice_accuracy(model: Transformer, records: list[Record], choices: Dataset, batch_size: int, device: str) -> float:
+    """Share of multiple-choice records whose right completion is the likeliest, by the sum of its tokens' log-likelihoods.
+
+    choices: one row for each choice of each record, in order."""
+    scores = np.zeros(len(choices.rows))
+    for index in tqdm(by_length(choices, batch_size), "accuracy", leave=False, disable=None):
+        tokens, targets = (t.to(device) for t in choices.batch(index))
+        kept = targets != -100
+        logits = model.output(model.hidden(tokens)[kept]).float()  # [completion tokens, V]
+        losses = torch.zeros(kept.shape, device=device)
+        losses[kept] = F.cross_entropy(logits, targets[kept], reduction="none")
+        scores[index] = -losses.sum(1).cpu().numpy()
+    right, start = 0, 0
+    for record in records:
+        right += int(scores[start : start + len(record.choices)].argmax()) == record.answer
+        start += len(record.choices)
+    return right / len(records)
+
+
+# The run folder
+#
+#     args.json                       the flags, written first
+#     metrics.jsonl                   one JSON object per logged step
+#     checkpoints/step-N/model        the weights, an ordinary checkpoint folder
+#     checkpoints/step-N/state        what --resume needs beside them
+#     model, state                    links to those of the newest checkpoint
+
+
+def open_run(out: Path) -> IO:
+    """Make the folder and lock it for this process. Raises InputError where that fails or another run holds it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--out {out}: another run is writing there; choose another folder, or wait") from None
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; choose another folder") from None
+    return lock
+
+
+def holds_files(out: Path) -> bool:
+    """Whether a folder holds anything but what a run killed before it began would leave."""
+    return out.exists() and (not out.is_dir() or bool({p.name for p in out.iterdir()} - {".lock", "args.json.tmp"}))
+
+
+def saved_flags(out: Path) -> dict:
+    """The flags of the run in a folder. Raises InputError where they are damaged."""
+    flags = read_json(out / "args.json")
+    if not isinstance(flags, dict) or set(flags) != {action.dest for action in flag_parser()._actions} - {"help"}:
+        raise InputError(f"{out / 'args.json'}: damaged; the checkpoints beside it are still usable")
+    return flags
+
+
+def load_state(out: Path) -> dict | None:
+    """What the newest checkpoint left beside its weights; None before the first. Raises InputError where it is damaged."""
+    path = out / "state" / "state.pt"
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no one error for a damaged file
+        raise InputError(f"{path}: damaged ({type(error).__name__}); the checkpoint beside it is still usable") from None
+
+
+def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, state: dict) -> None:
+    """Write checkpoints/step-N beside the others, complete and synced, before anything points to it; then link `state`
+    and `model` to it, and remove all but the `keep` newest. Raises OSError or RuntimeError where writing fails; what was
+    there before is then still there."""
+    folder = out / "checkpoints" / f"step-{state['step']:07}"
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        (beside / "state").mkdir(parents=True)
+        save_model(model, beside / "model", checkpoint_layout(source))
+        copy_tokenizer(source, beside / "model")
+        with atomic_write(beside / "state" / "state.pt") as file:
+            torch.save(state, file)
+        if folder.exists():  # of a run killed before it was linked
+            shutil.rmtree(folder)
+        os.rename(beside, folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    for name in ("state", "model"):  # `state` decides where --resume goes on, and its folder has the model to it
+        link = out / f"{name}.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.relative_to(out) / name)
+        os.replace(link, out / name)
+    sync_folder(out / "checkpoints")
+    sync_folder(out)
+    for old in sorted((out / "checkpoints").iterdir())[:-keep]:
+        shutil.rmtree(old)
+
+
+class Metrics:
+    """`metrics.jsonl`. On resume, what was logged after the checkpoint's step is dropped."""
+
+    def __init__(self, path: Path, step: int):
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):  # cut short when the run was killed
+                break
+        with atomic_write(path) as file:
+            file.writelines(f"{line}\n".encode() for line in kept)
+        self.file = open(path, "a", buffering=1)
+
+    def log(self, **values) -> None:
+        """Append one object. A full disk costs the log, not the run."""
+        try:
+            self.file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            tqdm.write(f"metrics.jsonl: {error.strerror}; step {values['step']} is not logged")
+
+
+def peak_memory(device: str) -> int:
+    """Peak bytes so far: of tensors on a GPU, of the whole process elsewhere."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe(result: dict) -> str:
+    """An evaluation in words."""
+    text = f"validation loss {result['val_loss']:.4f}"
+    return text + (f", accuracy {result['val_accuracy']:.1%}" if "val_accuracy" in result else "")
+
+
+BAD_STEPS = 10  # in a row, whose loss or gradients are not finite, end the run
+
+
+def main() -> None:
+    """The whole run: load, score, sample, train, evaluate, save, report."""
+    args, given = parse_args()
+    if not args.resume:
+        fill_defaults(args)
+    elif args.out is None:
+        raise InputError("--resume: name the run's folder with --out")
+    out = Path(args.out)
+    resumed = args.resume and (out / "args.json").exists()
+    if resumed:
+        lock = open_run(out)
+        flags = saved_flags(out)
+        for flag, value in given.items():
+            if flag not in ("resume", "out") and value != flags[flag]:
+                raise InputError(f"--{flag.replace('_', '-')} {value}: the run in {out} has {flags[flag]}; leave the flag out")
+        args = argparse.Namespace(**flags | {"out": args.out})
+    elif args.resume and not given.keys() & {"ckpt", "data"}:
+        raise InputError(f"--resume: no run to continue in --out {args.out}; name its folder")
+    elif args.resume:
+        fill_defaults(args)  # killed before it began: begin
+    if not resumed and holds_files(out):
+        raise InputError(f"--out {out}: holds files already; choose another folder, or add --resume to continue its run")
+    state = load_state(out) if resumed else None
+    # A checkpoint's state and model are in one folder, whatever the links said when the run was killed.
+    source = (out / "state").resolve().parent / "model" if state else Path(args.ckpt)
+    device = args.device
+
+    checkpoint_layout(source)
+    tokenizer = load_tokenizer(source)
+    records = load_records(args.data)
+    if args.val_data:
+        train_records, val_records = records, load_records(args.val_data)
+    else:
+        train_records, val_records = split_records(records, HELD_OUT, HELD_OUT_RECORDS, args.seed)
+    torch.manual_seed(args.seed)
+    model = load_model(source, device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    fit_to_model(args, model, tokenizer)
+    if device.startswith("cuda"):
+        # Recomputing blocks costs a quarter of the time: only where their activations would not fit otherwise.
+        room = torch.cuda.get_device_properties(device).total_memory - 2 * 2**30
+        model.checkpoint_blocks = peak(memory_parts(model, args)) > room
+
+    data = build_dataset(train_records, tokenizer, args.seq_len)
+    val = build_dataset(val_records, tokenizer, args.seq_len)
+    mc_records = [record for record in val_records if record.choices]
+    mc = [Record([(r.turns[0][0], choice)]) for r in mc_records for choice in r.choices]
+    choices = build_dataset(mc, tokenizer, args.seq_len, eos=False) if mc else None
+    for name, dataset in ((args.data, data), (args.val_data or "held-out part", val)):
+        if dataset.truncated:
+            print(f"{name}: {dataset.truncated} of {len(dataset.rows)} records are longer than --seq-len {args.seq_len}: "
+                  "their prompts were cut from the left")  # fmt: skip
+    if not data.predicts():
+        raise InputError(f"{args.data}: nothing to learn: every completion is empty")
+    fingerprint = zlib.crc32(data.ids)
+    if state and fingerprint != state["data"]:
+        raise InputError(f"--data {args.data}: is not what the run in {out} was reading; put the file of then back")
+    steps_per_epoch = math.ceil(len(data.rows) / args.batch_size)
+    steps = args.steps or args.epochs * steps_per_epoch
+    eval_every = args.eval_every or math.ceil(steps / 4)
+
+    # 1. Score the layers, and 2. sample them
+    sampler, outliers = None, None
+    if args.sampling:
+        rows = tqdm(data.sample(CALIBRATION_ROWS, args.seed), "scoring outliers", leave=False, disable=None)
+        batches = (row.to(device) for row in rows)
+        outliers = state["outliers"] if state else outlier_distribution(model, model.layers, batches, args.threshold)
+        probabilities = sampling_probabilities(outliers, args.sampling)
+        sampler = LayerSampler(model.layers, probabilities, args.active, args.seed)
+    # 3. Project
+    optimizer = build_optimizer(model, args)
+    step, skipped, bad = 0, 0, 0
+    if state:
+        step, skipped = state["step"], state["skipped"]
+        optimizer.load_state_dict(state["optimizer"])
+        if sampler:
+            sampler.load_state_dict(state["sampler"])
+        torch.set_rng_state(state["rng"])
+        if device.startswith("cuda"):
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+
+    if not resumed:
+        lock = open_run(out)  # noqa: F841 (held until the process ends)
+        with atomic_write(out / "args.json") as file:
+            file.write(json.dumps(vars(args), indent=1).encode())
+    metrics = Metrics(out / "metrics.jsonl", step if state else -1)
+
+    def evaluate() -> dict:
+        model.eval()
+        result = {"val_loss": validation_loss(model, val, args.micro_batch_size, device)}
+        if mc_records:
+            result["val_accuracy"] = choice_accuracy(model, mc_records, choices, args.micro_batch_size, device)
+        model.train()
+        metrics.log(step=step, **result)
+        return result
+
+    def save() -> str | None:
+        """Save a checkpoint; what went wrong, if it failed."""
+        rng = {"rng": torch.get_rng_state()}
+        if device.startswith("cuda"):
+            rng["cuda_rng"] = torch.cuda.get_rng_state(device)
+        try:
+            save_checkpoint(out, args.keep, model, source, {
+                "step": step, "skipped": skipped, "before": before, "after": after, "outliers": outliers,
+                "data": fingerprint, "optimizer": optimizer.state_dict(), "sampler": sampler and sampler.state_dict(), **rng,
+            })  # fmt: skip
+        except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
+            return f"--out {out}: step {step} could not be saved ({error}); the checkpoint before it is kept"
+
+    parts = memory_parts(model, args)
+    size = parts["weights"] + parts["optimizer state"]
+    print(memory_report(parts))
+    print(f"disk: about {size / 2**30:.2f} GiB for a checkpoint, {args.keep + 1} of them while saving; "
+          f"{shutil.disk_usage(out).free / 2**30:.1f} GiB are free")  # fmt: skip
+    print(f"{args.method}: {args.ckpt} on {args.data} ({len(data.rows)} rows), {steps} steps on {device} in {args.dtype}")
+    before, after = (state["before"], state["after"]) if state else [evaluate()] * 2
+
+    signals: list[int] = []
+
+    def on_signal(number: int, _) -> None:
+        if signals:
+            os._exit(128 + number)
+        signals.append(number)
+        tqdm.write("stopping after this step, to save; once more to stop at once")
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=steps, initial=step, desc="training", dynamic_ncols=True)
+    while step < steps and not signals:
+        began = time.perf_counter()
+        if sampler and step % args.interval == 0:
+            sampler.resample()
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - step / steps)  # linear to zero
+        # The order of an epoch is a function of seed and epoch alone, so a resumed run reads what it would have read.
+        epoch, position = divmod(step, steps_per_epoch)
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(data.rows))
+        index = order[position * args.batch_size : (position + 1) * args.batch_size]
+        batches = [data.batch(index[n : n + args.micro_batch_size]) for n in range(0, len(index), args.micro_batch_size)]
+        counts = [(targets != -100).sum().item() for _, targets in batches]
+        micro_batches = [
+            (tokens.to(device), targets.to(device), count / max(sum(counts), 1))
+            for (tokens, targets), count in zip(batches, counts)
+        ]
+        try:
+            loss, norm = accumulate_gradients(model, optimizer, micro_batches, args.max_grad_norm)
+            good = bool(torch.isfinite(loss + norm))
+            if good:
+                optimizer.step()
+        except torch.OutOfMemoryError:
+            raise InputError(f"--device {device}: out of memory in step {step}; {ways_to_save(model, args)}") from None
+        step += 1
+        skipped, bad = skipped + (not good), 0 if good else bad + 1
+        row = {
+            "step": step,
+            "loss": loss.item(),
+            "lr": optimizer.param_groups[0]["lr"],
+            "grad_norm": norm.item(),
+            "active": sampler.drawn if sampler else list(range(len(model.layers))),
+            "tokens_per_second": sum(tokens.numel() for tokens, _ in batches) / (time.perf_counter() - began),
+            "memory": peak_memory(device),
+            "skipped": skipped,
+        }
+        metrics.log(**row)
+        bar.set_postfix_str(
+            f"loss {row['loss']:.3f}, lr {row['lr']:.1e}, {row['tokens_per_second']:,.0f} tok/s"
+            + (f", layers {','.join(map(str, sampler.drawn))}" if sampler else ", all layers")
+            + (f", {skipped} steps skipped" if skipped else "")
+        )
+        bar.update()
+        if bad == BAD_STEPS:
+            raise InputError(f"--lr {args.lr}: {bad} steps in a row had a loss or gradients that are not finite; "
+                             f"try a smaller one. What was saved before step {step - bad} is kept in {out}")  # fmt: skip
+        if step % eval_every == 0 or step == steps:
+            after = evaluate()
+            tqdm.write(f"step {step}: " + describe(after))
+        if args.save_every and step % args.save_every == 0 and step < steps and (problem := save()):
+            tqdm.write(problem)
+    bar.close()
+    if (step == steps or signals) and not (state and state["step"] == step) and (problem := save()):
+        raise InputError(f"{problem}; free space, then: python train.py --resume --out {out}")
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+    if signals and step < steps:
+        print(f"stopped at step {step} of {steps}; to go on: python train.py --resume --out {out}")
+        sys.exit(128 + signals[0])
+
+    if outliers is not None:
+        print(f"\nLayers by their share of outliers (above {args.threshold:g} times the mean), and how likely each is drawn:")
+        shares = {
+            "outliers %": [f"{100 * share:.4f}" for share in outliers.tolist()],
+            "p": [f"{probability:.4f}" for probability in probabilities.tolist()],
+        }
+        print(layer_chart(shares, outliers.tolist()))
+    print(f"\nbefore: {describe(before)}\nafter:  {describe(after)}\nsaved:  {out / 'model'}")
+
+
+if __name__ == "__main__":
+    run_command(main)
