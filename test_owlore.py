@@ -8,6 +8,7 @@ Tests that read the data in ../shared, or need an optional package, skip where i
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import resource
@@ -16,8 +17,7 @@ import struct
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -922,35 +922,42 @@ def test_every_method_runs_and_trains_what_it_should(monkeypatch, capsys, checkp
         assert torch.equal(p, q) != trained, name
 
 
-def fork_cli(*argv, kill_after: float | None = None, largest_file: int | None = None, then=None) -> tuple[int, str]:
-    """Run train.py in a forked process, which spares it the import of torch; kill it after some seconds, or call `then`
-    with its process id. Returns its exit code, negative for a signal, and what it printed."""
-    output = tempfile.TemporaryFile("w+")
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-        if largest_file:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-        sys.argv = ["train.py", *map(str, argv)]
-        try:
-            data.run_command(train.main)
-            os._exit(0)
-        except SystemExit as error:
-            os._exit(error.code)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(1)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-    if then is not None:
-        then(pid)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    output.seek(0)
-    return code, output.read()
+def cli_process(argv: list[str], output: Path, largest_file: int | None) -> None:
+    """What a separate process does to run train.py, with what it prints in a file."""
+    sys.stdout = sys.stderr = open(output, "w", buffering=1)
+    os.dup2(sys.stdout.fileno(), 2)
+    if largest_file:  # a write beyond it fails as on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *argv]
+    data.run_command(train.main)
+
+
+SERVER = multiprocessing.get_context("forkserver")  # forks processes that have imported torch, but not yet used it
+SERVER.set_forkserver_preload([__name__])
+
+
+def start_cli(*argv, largest_file: int | None = None, when: Callable = lambda: False, number: int = signal.SIGKILL) -> tuple[int, str]:
+    """Run train.py in a process of its own and send it a signal `when` that is true. Returns its exit code, negative where
+    the signal ended it, and what it printed."""
+    with tempfile.NamedTemporaryFile() as output:
+        process = SERVER.Process(target=cli_process, args=([str(a) for a in argv], Path(output.name), largest_file))
+        process.start()
+        began, sent = time.monotonic(), False
+        while process.is_alive():
+            assert time.monotonic() < began + 60, "the run hangs: " + Path(output.name).read_text()
+            if not sent and when():
+                os.kill(process.pid, number)
+                sent = True
+            process.join(0.002)
+        return process.exitcode, Path(output.name).read_text()
+
+
+def reached(out: Path, step: int) -> Callable[[], bool]:
+    """Whether a run has logged a step."""
+    path = out / "metrics.jsonl"
+    return lambda: path.exists() and f'"step": {step}, "loss"' in path.read_text()
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -976,15 +983,10 @@ def test_resuming_continues_bit_for_bit(method, checkpoint, jsonl, tmp_path):
     flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 14, "--batch-size", 8, "--interval", 3)
     # in bf16 stochastic rounding draws random numbers; an epoch is 8 steps
     flags += ("--method", method, "--dtype", "bf16", "--micro-batch-size", 3, "--update-gap", 2, "--save-every", 5)
-    assert fork_cli(*flags, "--out", tmp_path / "a")[0] == 0
+    assert start_cli(*flags, "--out", tmp_path / "a")[0] == 0
 
-    def kill_at_seven(pid):
-        while not (tmp_path / "b/metrics.jsonl").exists() or '"step": 7,' not in (tmp_path / "b/metrics.jsonl").read_text():
-            time.sleep(0.001)
-        os.kill(pid, signal.SIGKILL)
-
-    assert fork_cli(*flags, "--out", tmp_path / "b", then=kill_at_seven)[0] == -signal.SIGKILL
-    code, output = fork_cli("--resume", "--out", tmp_path / "b")
+    assert start_cli(*flags, "--out", tmp_path / "b", when=reached(tmp_path / "b", 7))[0] == -signal.SIGKILL
+    code, output = start_cli("--resume", "--out", tmp_path / "b")
     assert code == 0, output
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
@@ -993,13 +995,13 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_if_never_interrupted(chec
     flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 250, "--batch-size", 4, "--save-every", 4)
     flags += ("--dtype", "bf16", "--eval-every", 60)
     began = time.time()
-    assert fork_cli(*flags, "--out", tmp_path / "a")[0] == 0
+    assert start_cli(*flags, "--out", tmp_path / "a")[0] == 0
     took = time.time() - began
     random = np.random.default_rng(0)
     kills = 0
     for _ in range(200):
-        kill_after = random.uniform(0, 0.15 * took) if kills < 20 else None
-        code, output = fork_cli(*flags, "--resume", "--out", tmp_path / "b", kill_after=kill_after)
+        moment = time.time() + (random.uniform(0, 0.15 * took) if kills < 20 else 600)
+        code, output = start_cli(*flags, "--resume", "--out", tmp_path / "b", when=lambda: time.time() > moment)
         if code == 0:
             break
         assert code == -signal.SIGKILL, output
@@ -1013,67 +1015,57 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_if_never_interrupted(chec
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(number, checkpoint, jsonl, tmp_path):
     flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 60, "--batch-size", 4)
-    assert fork_cli(*flags, "--out", tmp_path / "a")[0] == 0
+    assert start_cli(*flags, "--out", tmp_path / "a")[0] == 0
 
-    def interrupt(pid):
-        while not (tmp_path / "b/metrics.jsonl").exists() or '"step": 5,' not in (tmp_path / "b/metrics.jsonl").read_text():
-            time.sleep(0.001)
-        os.kill(pid, number)
-
-    code, output = fork_cli(*flags, "--out", tmp_path / "b", then=interrupt)
+    code, output = start_cli(*flags, "--out", tmp_path / "b", when=reached(tmp_path / "b", 5), number=number)
     assert code == 128 + number and f"python train.py --resume --out {tmp_path / 'b'}" in output
-    assert fork_cli("--resume", "--out", tmp_path / "b")[0] == 0
+    assert start_cli("--resume", "--out", tmp_path / "b")[0] == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_failed_save_keeps_the_last_checkpoint_and_the_run(checkpoint, jsonl, tmp_path):
     flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--batch-size", 4, "--save-every", 4, "--steps", 14)
-    assert fork_cli(*flags, "--out", tmp_path / "a")[0] == 0
+    assert start_cli(*flags, "--out", tmp_path / "a")[0] == 0
 
-    def kill_at_six(pid):
-        while not (tmp_path / "b/metrics.jsonl").exists() or '"step": 6,' not in (tmp_path / "b/metrics.jsonl").read_text():
-            time.sleep(0.001)
-        os.kill(pid, signal.SIGKILL)
-
-    fork_cli(*flags, "--out", tmp_path / "b", then=kill_at_six)
+    start_cli(*flags, "--out", tmp_path / "b", when=reached(tmp_path / "b", 6))
     kept = snapshot(tmp_path / "b" / "checkpoints")
-    code, output = fork_cli("--resume", "--out", tmp_path / "b", largest_file=100_000)  # as if the disk were full
+    code, output = start_cli("--resume", "--out", tmp_path / "b", largest_file=100_000)  # as if the disk were full
     assert code == 2 and "Traceback" not in output
     assert "step 8 could not be saved" in output and "step 12 could not" in output and "step 14 could not" in output
     assert snapshot(tmp_path / "b" / "checkpoints") == kept
-    assert fork_cli("--resume", "--out", tmp_path / "b")[0] == 0
+    assert start_cli("--resume", "--out", tmp_path / "b")[0] == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 def test_only_the_newest_checkpoints_are_kept(checkpoint, jsonl, tmp_path):
     flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--batch-size", 4, "--save-every", 2, "--steps", 9)
-    assert fork_cli(*flags, "--out", tmp_path / "run", "--keep", 2)[0] == 0
+    assert start_cli(*flags, "--out", tmp_path / "run", "--keep", 2)[0] == 0
     assert [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step-0000008", "step-0000009"]
     assert (tmp_path / "run/model").resolve() == tmp_path / "run/checkpoints/step-0000009/model"
 
 
 def test_two_runs_do_not_share_a_folder(checkpoint, jsonl, tmp_path):
     flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--batch-size", 4, "--steps", 5)
-    assert fork_cli(*flags, "--out", tmp_path / "run")[0] == 0
+    assert start_cli(*flags, "--out", tmp_path / "run")[0] == 0
     lock = train.open_run(tmp_path / "run")
-    code, output = fork_cli("--resume", "--out", tmp_path / "run")
+    code, output = start_cli("--resume", "--out", tmp_path / "run")
     assert code == 2 and "another run" in output
     lock.close()
 
 
 def test_contradicting_flags_and_changed_data_are_refused_on_resume(checkpoint, jsonl, tmp_path):
     flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--batch-size", 4, "--steps", 5)
-    assert fork_cli(*flags, "--out", tmp_path / "run")[0] == 0
-    assert fork_cli(*flags, "--resume", "--out", tmp_path / "run")[0] == 0  # the same flags again are fine
-    code, output = fork_cli("--resume", "--out", tmp_path / "run", "--lr", 1)
+    assert start_cli(*flags, "--out", tmp_path / "run")[0] == 0
+    assert start_cli(*flags, "--resume", "--out", tmp_path / "run")[0] == 0  # the same flags again are fine
+    code, output = start_cli("--resume", "--out", tmp_path / "run", "--lr", 1)
     assert code == 2 and "--lr 1.0" in output
     jsonl.write_text(jsonl.read_text().replace("and", "or"))
-    code, output = fork_cli("--resume", "--out", tmp_path / "run")
+    code, output = start_cli("--resume", "--out", tmp_path / "run")
     assert code == 2 and "--data" in output
-    assert fork_cli("--resume", "--out", tmp_path / "none")[0] == 2
+    assert start_cli("--resume", "--out", tmp_path / "none")[0] == 2
 
 
-def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_many(monkeypatch, checkpoint, jsonl, tmp_path):
+def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_many(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
     flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--batch-size", 4, "--steps", 30, "--save-every", 5)
     forward, calls = Transformer.forward, []
 
@@ -1084,23 +1076,25 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_many(monkeyp
 
     monkeypatch.setattr(Transformer, "forward", poisoned)
     bad = {3, 7}
-    code, output = fork_cli(*flags, "--out", tmp_path / "few")
+    code, _, output = run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / "few")
     rows = [r for r in read_metrics(tmp_path / "few") if "loss" in r]
     assert code == 0 and rows[-1]["skipped"] == 2 and "2 steps skipped" in output
     assert all(torch.isfinite(p).all() for p in load_model(tmp_path / "few/model").parameters())
     bad = {-1}
-    code, output = fork_cli(*flags, "--out", tmp_path / "many")
+    calls.clear()
+    code, _, output = run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / "many")
     assert code == 2 and "10 steps in a row" in output
     assert (tmp_path / "many/model").resolve().parent.name == "step-0000020"
 
 
-def test_running_out_of_memory_says_what_would_help(monkeypatch, checkpoint, jsonl, tmp_path):
+def test_running_out_of_memory_says_what_would_help(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
     def too_much(*_):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(train, "accumulate_gradients", too_much)
-    code, output = fork_cli("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--out", tmp_path / "run")
-    assert code == 2 and "Traceback" not in output and "--micro-batch-size 8 would save" in output
+    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--out", tmp_path / "run")
+    code, _, output = run_cli(monkeypatch, capsys, train.main, *flags)
+    assert code == 2 and "--micro-batch-size 8 would save" in output
 
 
 def mutations(raw: bytes, count: int, seed: int) -> Iterator[bytes]:

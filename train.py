@@ -342,6 +342,7 @@ def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, stat
     """Write checkpoints/step-N beside the others, complete and synced, before anything points to it; then link `state`
     and `model` to it, and remove all but the `keep` newest. Raises OSError or RuntimeError where writing fails; what was
     there before is then still there."""
+    source = out / "model" if (out / "model").exists() else source  # of a resumed run: its first source may be gone
     folder = out / "checkpoints" / f"step-{state['step']:07}"
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -581,7 +582,7 @@ def main() -> None:
         if step % eval_every == 0 or step == steps:
             after = evaluate()
             tqdm.write(f"step {step}: " + describe(after))
-        if args.save_every and step % args.save_every == 0 and step < steps and (problem := save()):
+        if args.save_every and step % args.save_every == 0 and step < steps and not bad and (problem := save()):
             tqdm.write(problem)
     bar.close()
     if (step == steps or signals) and not (state and state["step"] == step) and (problem := save()):

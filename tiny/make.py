@@ -159,15 +159,10 @@ def options(fact: Fact, world: dict[Fact, str], count: int, rng: random.Random) 
 
 
 def quiz(world: dict[Fact, str], rng: random.Random) -> str:
-    """Questions, some with a few words to choose from, and their answers."""
-    sentences = []
-    for fact in rng.sample(list(world), rng.randint(1, 3)):
-        sentences.append(rng.choice(ATTRIBUTES[fact[1]].quiz).format(x=fact[0]))
-        if rng.random() < 0.5:
-            words, _ = options(fact, world, rng.randint(2, 5), rng)
-            sentences.append(f"{', '.join(words[:-1])} or {words[-1]}?")
-        sentences.append(upper_first(rng.choice(["{v}.", "It is {v}."]).format(v=world[fact])))
-    return " ".join(sentences)
+    """A question and its answer, without words to choose from: those are for fine-tuning to teach."""
+    fact = rng.choice(list(world))
+    answer = rng.choice(["{v}.", "It is {v}."]).format(v=world[fact])
+    return f"{rng.choice(ATTRIBUTES[fact[1]].quiz).format(x=fact[0])} {upper_first(answer)}"
 
 
 def document(world: dict[Fact, str], rng: random.Random) -> str:
