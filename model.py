@@ -200,6 +200,28 @@ class Linear(nn.Linear):
         return WeightGradient.apply(F.linear(x, self.weight.detach()), x, self.weight)
 
 
+class LoRALinear(Linear):
+    """y = x W^T + (alpha / rank) x A^T B^T: a frozen W with a trained low-rank addition (LoRA, arXiv 2106.09685).
+    A: [rank, in], B: [out, rank], which is zero at first."""
+
+    def __init__(self, linear: Linear, rank: int, alpha: float):
+        nn.Module.__init__(self)  # not Linear's, which would make another weight
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
+        self.weight, self.scale = linear.weight, alpha / rank
+        self.A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
+        self.B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features] -> [..., out_features]."""
+        return F.linear(x, self.weight).add_(F.linear(F.linear(x, self.A), self.B), alpha=self.scale)
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """W + (alpha / rank) B A, [out, in], in W's dtype: the plain weight that computes the same."""
+        return torch.addmm(self.weight.float(), self.B.float(), self.A.float(), alpha=self.scale).to(self.weight.dtype)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped-query heads (arXiv 2305.13245): n_heads queries share n_kv_heads keys and values."""
 
@@ -345,6 +367,15 @@ class Transformer(nn.Module):
         if targets is None:
             return self.output(hidden)
         return ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self.output.weight, targets.flatten())
+
+
+def add_lora(model: Transformer, rank: int, alpha: float) -> None:
+    """Freeze the model and give every linear of its blocks a LoRA addition, which is trained instead."""
+    model.requires_grad_(False)
+    for layer in model.layers:
+        for part in (layer.attention, layer.feed_forward):
+            for name, linear in list(part.named_children()):
+                setattr(part, name, LoRALinear(linear, rank, alpha))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -721,8 +752,9 @@ def drop_pages(tensor: Tensor) -> None:
 
 
 def save_model(model: Transformer, path: str | Path, layout: str = "meta") -> None:
-    """Write the weights, in the dtype they have, as a checkpoint folder: `layout` "meta" or "hf". The folder is made
-    where it is missing; a file is replaced only once its successor is whole. Tokenizer files are `data.copy_tokenizer`'s.
+    """Write the weights, in the dtype they have, as a checkpoint folder: `layout` "meta" or "hf". LoRA's additions are
+    merged into them. The folder is made where it is missing; a file is replaced only once its successor is whole.
+    Tokenizer files are `data.copy_tokenizer`'s.
 
     Raises InputError where the folder already holds weights that this layout's file would not replace.
     """
@@ -733,7 +765,8 @@ def save_model(model: Transformer, path: str | Path, layout: str = "meta") -> No
             if other.name not in own:
                 raise InputError(f"{other}: belongs to another checkpoint, which saving here would mix up; save elsewhere")
     path.mkdir(parents=True, exist_ok=True)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters() if name.endswith(".weight")}
+    adapted = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if layout == "meta":
         weights["output.weight"] = model.output.weight.detach()  # Meta's code wants it, tied or not; stored once if tied
         inferred = {
@@ -747,7 +780,7 @@ def save_model(model: Transformer, path: str | Path, layout: str = "meta") -> No
         always, defaults = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps"), asdict(ModelConfig())
         params = {k: v for k, v in asdict(config).items() if k in always or v != inferred.get(k, defaults[k])}
         with atomic_write(path / "consolidated.00.pth") as file:
-            torch.save({name: weight.cpu() for name, weight in weights.items()}, file)
+            torch.save({name: adapted[name].merged().cpu() if name in adapted else w.cpu() for name, w in weights.items()}, file)
         with atomic_write(path / "params.json") as file:
             file.write(json.dumps(params, indent=2).encode())
         return
@@ -762,6 +795,7 @@ def save_model(model: Transformer, path: str | Path, layout: str = "meta") -> No
     with atomic_write(path / "model.safetensors") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for name, weight in tqdm(weights.items(), f"saving {path.name}", leave=False, disable=None):
+            weight = adapted[name].merged() if name in adapted else weight
             if name.endswith(("wq.weight", "wk.weight")):
                 weight = permute_rotary(weight, config.head_dim, to_hf=True)
             file.write(weight.contiguous().cpu().view(torch.uint8).numpy())

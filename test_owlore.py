@@ -916,10 +916,68 @@ def test_every_method_runs_and_trains_what_it_should(monkeypatch, capsys, checkp
     assert code == 0, error
     tuned, source = load_model(tmp_path / "run/model"), load_model(checkpoint)
     drawn = {layer for r in read_metrics(tmp_path / "run") if "loss" in r for layer in r["active"]}
-    assert (len(drawn) == 3) == (method in ("galore", "full")) or method in ("owlore", "lisa")
+    assert (len(drawn) == 3) == (method in ("galore", "lora", "full")) or method in ("owlore", "lisa")
     for (name, p), q in zip(tuned.named_parameters(), source.parameters()):
-        trained = int(name.split(".")[1]) in drawn if name.startswith("layers.") else "norm" in name or embeddings != "frozen"
+        if "norm" in name and method == "lora":
+            trained = False
+        else:
+            trained = int(name.split(".")[1]) in drawn if name.startswith("layers.") else "norm" in name or embeddings != "frozen"
         assert torch.equal(p, q) != trained, name
+
+
+def test_rank_zero_is_owlore_without_projection(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
+    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 4, "--batch-size", 4, "--interval", 2)
+    lisa = ("--method", "lisa", "--sampling", "outlier", "--active", 1)
+    for out, method in (("a", ("--rank", 0)), ("b", lisa)):
+        assert run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / out, *method)[0] == 0
+    a, b = (load_model(tmp_path / out / "model").state_dict() for out in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_lora_trains_low_rank_additions_and_saves_plain_weights(tmp_path):
+    model, tokens = build("mistral"), random_tokens(2, 20)
+    plain = build("mistral")(tokens)
+    model_module.add_lora(model, rank=3, alpha=6.0)
+    assert torch.equal(model(tokens), plain)  # B = 0
+    for module in model.modules():
+        if isinstance(module, model_module.LoRALinear):
+            nn.init.normal_(module.B, std=0.1)
+    linear, x = model.layers[1].feed_forward.w2, torch.randn(5, 96)
+    torch.testing.assert_close(linear(x), x @ (linear.weight + 6.0 / 3 * linear.B @ linear.A).T)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in model.named_parameters() if n.endswith((".A", ".B"))} and len(trained) == 3 * 7 * 2
+    for layout in ("meta", "hf"):
+        save_model(model, tmp_path / layout, layout)
+        merged = load_model(tmp_path / layout)
+        assert not any(name.endswith((".A", ".B")) for name, _ in merged.named_parameters())
+        torch.testing.assert_close(merged(tokens), model(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_eval_only_prints_what_a_run_evaluates_and_writes_nothing(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu")
+    flags += ("--val-data", jsonl)
+    run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / "run", "--steps", 1)
+    before = read_metrics(tmp_path / "run")[0]
+    files = sorted(tmp_path.iterdir())
+    code, text, error = run_cli(monkeypatch, capsys, train.main, *flags, "--eval-only")
+    assert code == 0 and f"{before['val_loss']:.4f}" in text and f"{before['val_accuracy']:.1%}" in text, error
+    code, text, error = run_cli(
+        monkeypatch, capsys, train.main, "--ckpt", checkpoint, "--val-data", jsonl, "--device", "cpu", "--eval-only"
+    )
+    assert code == 0 and "accuracy" in text, error
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_curves_are_drawn(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
+    pytest.importorskip("matplotlib")
+    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 4, "--batch-size", 4)
+    for name in "ab":
+        run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / name)
+    code, _, error = run_cli(monkeypatch, capsys, train.main, "--plot", tmp_path / "a", tmp_path / "b")
+    assert code == 0 and (tmp_path / "a/curves.png").read_bytes()[1:4] == b"PNG", error
+    code, _, error = run_cli(monkeypatch, capsys, train.main, "--plot", tmp_path / "c")
+    assert code == 2 and "c/metrics.jsonl" in error
 
 
 def cli_process(argv: list[str], output: Path, largest_file: int | None) -> None:
@@ -1164,7 +1222,7 @@ def test_micro_batches_do_not_change_a_run(monkeypatch, capsys, checkpoint, json
 def test_choice_accuracy_counts_the_likeliest_completion():
     model, tokenizer = build(vocab_size=300), Letters()
     records = [parse_record({"prompt": f"p{n}", "choices": ["xy", "z", "uvw"], "answer": n % 3}) for n in range(12)]
-    right = 0
+    right, by_length = 0, 0
     for record in records:
         scores = []
         for choice in record.choices:
@@ -1172,10 +1230,11 @@ def test_choice_accuracy_counts_the_likeliest_completion():
             logp = model(torch.tensor([ids]))[0].log_softmax(-1)
             scores.append(sum(logp[i - 1, ids[i]].item() for i in range(len(context), len(ids))))
         right += int(np.argmax(scores)) == record.answer
+        by_length += int(np.argmax(np.array(scores) / [2, 1, 3])) == record.answer
     rows = [data.Record([(r.turns[0][0], choice)]) for r in records for choice in r.choices]
     choices = build_dataset(rows, tokenizer, 50, eos=False)
     assert 0 < right < 12
-    assert train.choice_accuracy(model, records, choices, 5, "cpu") == right / 12
+    assert train.choice_accuracy(model, records, choices, 5, "cpu") == (right / 12, by_length / 12)
 
 
 def test_outlier_chart_command(monkeypatch, capsys, checkpoint, jsonl):
@@ -1390,7 +1449,8 @@ def test_bad_data_is_refused(name, monkeypatch, capsys, checkpoint, tmp_path):
         (["--data", "nothing.txt"], "nothing.txt"),
         (["--active", "4"], "--active"),
         (["--active", "0"], "--active"),
-        (["--rank", "0"], "--rank"),
+        (["--rank", "-1"], "--rank"),
+        (["--method", "lora", "--rank", "0"], "--rank"),
         (["--rank", "many"], "--rank"),
         (["--seq-len", "257"], "--seq-len"),
         (["--device", "cuda:77"], "--device"),

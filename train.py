@@ -1,8 +1,10 @@
 """Fine-tune a LLaMA-style checkpoint by OwLore, or by one of the methods it is compared with: one loop serves all.
 
-                     gradients as they are    gradients projected
-    all layers       full                     galore
-    sampled layers   lisa                     owlore
+                     gradients as they are      gradients projected
+    all layers       full                       galore
+    sampled layers   lisa, owlore --rank 0      owlore
+
+LoRA, the fifth, freezes the model and trains low-rank additions to its linears instead.
 
 Weights and activations are bf16 on a GPU (fp32 on a CPU); loss, optimizer state and its arithmetic are fp32.
 
@@ -12,6 +14,7 @@ Weights and activations are bf16 on a GPU (fp32 on a CPU); loss, optimizer state
 
 import argparse
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -22,7 +25,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -32,21 +35,31 @@ from tqdm import tqdm
 
 from data import (
     TINY, Dataset, InputError, Parser, Record, Tokenizer, atomic_write, build_dataset, copy_tokenizer, load_records,
-    load_tokenizer, read_json, run_command, split_records, sync_folder,
+    load_tokenizer, parse_json, read_json, read_text, run_command, split_records, sync_folder,
 )  # fmt: skip
-from model import Transformer, checkpoint_layout, load_model, save_model
+from model import Transformer, add_lora, checkpoint_layout, load_model, save_model
 from owlore import (
     CALIBRATION_ROWS, LayerSampler, ProjectedAdam, default_threshold, layer_chart, outlier_distribution,
     sampling_probabilities,
 )  # fmt: skip
 
-# method: how layers are sampled (None: all are trained), whether gradients are projected, and the published number of
-# active layers (of 32) and interval
+
+
+class Method(NamedTuple):
+    """A point of the 2 x 2, and the published number of active layers (of 32) and of steps between two draws."""
+
+    sampling: str | None  # how layers are drawn; None: all are trained
+    projection: bool
+    active: int = 32
+    interval: int = 50
+
+
 METHODS = {
-    "owlore": ("outlier", True, 5, 50),
-    "lisa": ("uniform", False, 2, 3),
-    "galore": (None, True, 32, 50),
-    "full": (None, False, 32, 50),
+    "owlore": Method("outlier", True, active=5, interval=50),
+    "lisa": Method("uniform", False, active=2, interval=3),
+    "galore": Method(None, True),
+    "lora": Method(None, False),
+    "full": Method(None, False),
 }
 HELD_OUT, HELD_OUT_RECORDS = 0.05, 500  # share of --data, and at most so many records, kept for validation
 
@@ -63,12 +76,13 @@ def flag_parser() -> Parser:
     add("--sampling", choices=("outlier", "uniform", "reverse", "increasing", "decreasing"), help="how layers are drawn (default: owlore outlier, lisa uniform)")  # fmt: skip
     add("--active", type=int, help="layers trained at a time (default: 5 of every 32, lisa 2 of every 32)")
     add("--interval", type=int, help="optimizer steps between two draws (default: 50, lisa 3)")
-    add("--rank", type=int, help="of the projection (default: dim / 16, which is 256 for a 7B)")
+    add("--rank", type=int, help="of the projection (default: dim / 16, which is 256 for a 7B), 0 for owlore without projection; of lora's additions (default: dim / 128)")  # fmt: skip
+    add("--lora-alpha", type=float, help="lora's additions count alpha / rank (default: twice the rank)")
     add("--update-gap", type=int, default=100, help="steps of a matrix between two projections (default: %(default)s)")
     add("--scale", type=float, default=1.0, help="of the projected update (default: %(default)s)")
     add("--svd", choices=("randomized", "exact"), default="randomized", help="default: %(default)s")
     add("--threshold", type=float, help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")  # fmt: skip
-    add("--embeddings", choices=("full", "projected", "frozen"), default="full", help="embedding and output head (default: %(default)s)")  # fmt: skip
+    add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: full, lora frozen)")  # fmt: skip
     add("--lr", type=float, help="peak learning rate (default: 3e-4 * sqrt(4096 / dim), which is 3e-4 for a 7B)")
     add("--weight-decay", type=float, default=0.0, help="default: %(default)s")
     add("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm (default: %(default)s)")
@@ -83,6 +97,8 @@ def flag_parser() -> Parser:
     add("--dtype", choices=("bf16", "fp32"), help="of weights and activations (default: bf16 on cuda, fp32 elsewhere)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--eval-only", action="store_true", help="evaluate --ckpt on the validation data, and end")
+    add("--plot", nargs="+", metavar="RUN", help="draw the curves of these run folders over each other, into curves.png in the first of them or the file --out")  # fmt: skip
     add("--resume", action="store_true", help="continue the run in --out, with its flags")
     return parser
 
@@ -104,9 +120,9 @@ def fill_defaults(args: argparse.Namespace) -> None:
     """Defaults that depend on other flags alone. Raises InputError for flags out of range."""
     tiny = Path(args.ckpt) == TINY
     if args.data is None:
-        if not tiny:
+        if not tiny and not (args.eval_only and args.val_data):
             raise InputError("--data: give the file to train on")
-        args.data = str(TINY / "train.json")
+        args.data = str(TINY / "train.json") if tiny else None
         args.val_data = args.val_data or str(TINY / "val.json")
     if args.out is None:
         name, number = Path("runs") / (Path(args.ckpt).resolve().name), 1
@@ -114,20 +130,26 @@ def fill_defaults(args: argparse.Namespace) -> None:
         while Path(args.out).exists():
             number += 1
             args.out = f"{name}-{number}"
-    sampling, _, _, interval = METHODS[args.method]
-    if args.sampling and not sampling:
-        raise InputError(f"--sampling: --method {args.method} trains all layers; leave it out, or use owlore or lisa")
-    if args.active is not None and not sampling:
-        raise InputError(f"--active: --method {args.method} trains all layers; leave it out, or use owlore or lisa")
-    args.sampling = args.sampling or sampling
-    args.interval = interval if args.interval is None else args.interval
+    method = METHODS[args.method]
+    for flag in ("sampling", "active"):
+        if getattr(args, flag) is not None and not method.sampling:
+            raise InputError(f"--{flag}: --method {args.method} trains all layers; leave it out, or use owlore or lisa")
+    if args.lora_alpha is not None and args.method != "lora":
+        raise InputError(f"--lora-alpha: --method {args.method} has no use for it; leave it out")
+    args.sampling = args.sampling or method.sampling
+    args.interval = method.interval if args.interval is None else args.interval
+    args.embeddings = args.embeddings or ("frozen" if args.method == "lora" else "full")
     args.micro_batch_size = args.batch_size if args.micro_batch_size is None else args.micro_batch_size
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
-    for flag in ("active", "interval", "rank", "update_gap", "batch_size", "micro_batch_size", "seq_len", "epochs", "steps",
+    if args.rank == 0 and (args.method != "owlore" or args.embeddings == "projected"):
+        raise InputError("--rank 0 is owlore without projection; give another rank, or leave it out")
+    for flag in ("active", "interval", "update_gap", "batch_size", "micro_batch_size", "seq_len", "epochs", "steps",
                  "eval_every", "save_every", "keep"):  # fmt: skip
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
-    for flag in ("lr", "threshold", "scale", "max_grad_norm"):
+    if args.rank is not None and args.rank < 0:
+        raise InputError(f"--rank must be at least 1 (or 0, for owlore without projection), not {args.rank}")
+    for flag in ("lr", "threshold", "scale", "max_grad_norm", "lora_alpha"):
         if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
             raise InputError(f"--{flag.replace('_', '-')} must be above 0, not {getattr(args, flag)}")
     if not 0 <= args.weight_decay < math.inf:
@@ -136,9 +158,10 @@ def fill_defaults(args: argparse.Namespace) -> None:
 
 def fit_to_model(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> None:
     """Defaults that follow the model's size. Raises InputError for flags the model cannot follow."""
-    config, share = model.config, METHODS[args.method][2] / 32
+    config, share = model.config, METHODS[args.method].active / 32
     args.active = math.ceil(share * config.n_layers) if args.active is None else args.active
-    args.rank = max(1, config.dim // 16) if args.rank is None else args.rank
+    args.rank = max(1, config.dim // (128 if args.method == "lora" else 16)) if args.rank is None else args.rank
+    args.lora_alpha = 2.0 * args.rank if args.lora_alpha is None else args.lora_alpha
     args.threshold = default_threshold(config.dim) if args.threshold is None else args.threshold
     args.lr = 3e-4 * math.sqrt(4096 / config.dim) if args.lr is None else args.lr
     args.seq_len = min(512, config.max_seq_len) if args.seq_len is None else args.seq_len
@@ -153,20 +176,27 @@ def fit_to_model(args: argparse.Namespace, model: Transformer, tokenizer: Tokeni
         )
 
 
+def treatment(name: str, parameter: Tensor, args: argparse.Namespace) -> str:
+    """How a parameter is trained while its layer is active: "projected", "plain" or "frozen"."""
+    if not name.startswith("layers."):
+        if parameter.dim() == 2:  # embedding and head
+            return {"full": "plain"}.get(args.embeddings, args.embeddings)
+        return "frozen" if args.method == "lora" else "plain"
+    if args.method == "lora":
+        return "plain" if name.endswith((".A", ".B")) else "frozen"
+    return "projected" if METHODS[args.method].projection and args.rank and parameter.dim() == 2 else "plain"
+
+
 def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAdam:
-    """Matrices of the layers projected or not, by the method; embedding and head by --embeddings; norms always plain."""
-    projection = METHODS[args.method][1]
-    low_rank = dict(rank=args.rank, update_gap=args.update_gap, scale=args.scale)
-    projected, plain = [], []
+    """One group of projected parameters, one of plain ones; the others are frozen."""
+    groups = {"plain": {"params": []}, "frozen": {"params": []}}
+    groups["projected"] = {"params": [], "rank": args.rank, "update_gap": args.update_gap, "scale": args.scale}
     for name, parameter in model.named_parameters():
-        in_layer = name.startswith("layers.")
-        if not in_layer and parameter.dim() == 2:
-            parameter.requires_grad_(args.embeddings != "frozen")
-            (projected if args.embeddings == "projected" else plain).append(parameter)
-        else:
-            (projected if projection and parameter.dim() == 2 else plain).append(parameter)
-    groups = [{"params": plain}] + ([{"params": projected, **low_rank}] if projected else [])
-    return ProjectedAdam(groups, args.lr, weight_decay=args.weight_decay, svd=args.svd)
+        kind = treatment(name, parameter, args)
+        parameter.requires_grad_(kind != "frozen")
+        groups[kind]["params"].append(parameter)
+    del groups["frozen"]
+    return ProjectedAdam([group for group in groups.values() if group["params"]], args.lr, weight_decay=args.weight_decay, svd=args.svd)
 
 
 def accumulate_gradients(
@@ -190,22 +220,19 @@ def memory_parts(model: Transformer, args: argparse.Namespace) -> dict[str, int]
     keeps, with `checkpoint_blocks` its input alone, and what one block needs while it is recomputed. The optimizer step
     comes after they are freed: the peak is the larger of the two moments."""
     config, size = model.config, model.output.weight.element_size()
-    sampled, projection = METHODS[args.method][0] is not None, METHODS[args.method][1]
 
-    def low_rank(p: Tensor) -> tuple[int, int]:  # fp32 basis and two moments; fp32 gradient
-        rank = min(args.rank, *p.shape)
-        return 4 * rank * (min(p.shape) + 2 * max(p.shape)), 4 * rank * max(p.shape)
+    def cost(name: str, p: Tensor) -> np.ndarray:
+        """Bytes of optimizer state and of gradient."""
+        kind, larger = treatment(name, p, args), max(p.shape)
+        if kind == "projected":  # fp32: the basis and two moments; the gradient
+            rank = min(args.rank, *p.shape)
+            return np.array([4 * rank * (min(p.shape) + 2 * larger), 4 * rank * larger])
+        return np.array([8, size]) * p.numel() * (kind == "plain")  # fp32 moments; the gradient as it is
 
-    def cost(p: Tensor, projected: bool) -> tuple[int, int]:  # state, gradient
-        return low_rank(p) if projected and p.dim() == 2 else (8 * p.numel(), size * p.numel())
-
-    layer = [sum(part) for part in zip(*(cost(p, projection) for p in model.layers[0].parameters()))]
-    outer = [cost(model.norm.weight, False)]
-    if args.embeddings != "frozen":
-        heads = {id(p): p for p in (model.tok_embeddings.weight, model.output.weight)}.values()  # once where tied
-        outer += [cost(p, args.embeddings == "projected") for p in heads]
-    outer = [sum(part) for part in zip(*outer)]
-    active = args.active if sampled else config.n_layers
+    parameters = list(model.named_parameters())  # a tied matrix is there once
+    layer = sum(cost(name, p) for name, p in parameters if name.startswith("layers.0."))
+    outer = sum(cost(name, p) for name, p in parameters if not name.startswith("layers."))
+    state, gradients = outer + (args.active if args.sampling else config.n_layers) * layer
 
     tokens = args.micro_batch_size * args.seq_len
     attention = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
@@ -216,8 +243,8 @@ def memory_parts(model: Transformer, args: argparse.Namespace) -> dict[str, int]
     head = 0 if args.embeddings == "frozen" else size * model.output.weight.numel()
     return {
         "weights": sum(p.nbytes for p in model.parameters()),
-        "optimizer state": outer[0] + active * layer[0],
-        "gradients": outer[1] + active * layer[1],
+        "optimizer state": int(state),
+        "gradients": int(gradients),
         "activations": config.n_layers * kept + block + size * largest + head,
     }
 
@@ -240,10 +267,12 @@ def ways_to_save(model: Transformer, args: argparse.Namespace) -> str:
         "--micro-batch-size": {"micro_batch_size": max(1, args.micro_batch_size // 2)},
         "--seq-len": {"seq_len": max(1, args.seq_len // 2)},
         "--embeddings": {"embeddings": "projected" if args.embeddings == "full" else "frozen"},
-        "--method": {"method": "owlore", "active": math.ceil(model.config.n_layers * METHODS["owlore"][2] / 32)},
+        "--method": {"method": "owlore", "sampling": "outlier", "active": math.ceil(model.config.n_layers * 5 / 32)},
         "--active": {"active": max(1, args.active // 2)},
         "--rank": {"rank": max(1, args.rank // 2)},
     }
+    if args.method == "lora":
+        del changes["--method"]
     for flag, change in changes.items():
         saved = now - peak(memory_parts(model, argparse.Namespace(**vars(args) | change)))
         if saved > 0:
@@ -273,8 +302,11 @@ def validation_loss(model: Transformer, dataset: Dataset, batch_size: int, devic
 
 
 @torch.no_grad()
-def choice_accuracy(model: Transformer, records: list[Record], choices: Dataset, batch_size: int, device: str) -> float:
-    """Share of multiple-choice records whose right completion is the likeliest, by the sum of its tokens' log-likelihoods.
+def choice_accuracy(
+    model: Transformer, records: list[Record], choices: Dataset, batch_size: int, device: str
+) -> tuple[float, float]:
+    """Share of multiple-choice records whose right completion is the likeliest, by the sum of its tokens' log-likelihoods,
+    and by that sum over its length in characters (as lm-eval's acc and acc_norm).
 
     choices: one row for each choice of each record, in order."""
     scores = np.zeros(len(choices.rows))
@@ -285,11 +317,12 @@ def choice_accuracy(model: Transformer, records: list[Record], choices: Dataset,
         losses = torch.zeros(kept.shape, device=device)
         losses[kept] = F.cross_entropy(logits, targets[kept], reduction="none")
         scores[index] = -losses.sum(1).cpu().numpy()
-    right, start = 0, 0
+    right, start = np.zeros(2), 0
     for record in records:
-        right += int(scores[start : start + len(record.choices)].argmax()) == record.answer
+        score = scores[start : start + len(record.choices)]
         start += len(record.choices)
-    return right / len(records)
+        right += [np.argmax(s) == record.answer for s in (score, score / [len(choice) for choice in record.choices])]
+    return tuple((right / len(records)).tolist())
 
 
 # The run folder
@@ -369,6 +402,11 @@ def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, stat
         shutil.rmtree(old)
 
 
+def adapters(model: Transformer) -> dict[str, Tensor]:
+    """LoRA's additions, which the saved weights hold merged."""
+    return {name: p.detach() for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
+
+
 class Metrics:
     """`metrics.jsonl`. On resume, what was logged after the checkpoint's step is dropped."""
 
@@ -402,7 +440,44 @@ def peak_memory(device: str) -> int:
 def describe(result: dict) -> str:
     """An evaluation in words."""
     text = f"validation loss {result['val_loss']:.4f}"
-    return text + (f", accuracy {result['val_accuracy']:.1%}" if "val_accuracy" in result else "")
+    if "val_accuracy" in result:
+        text += f", accuracy {result['val_accuracy']:.1%} (by length {result['val_accuracy_norm']:.1%})"
+    return text
+
+
+def plot_runs(runs: list[Path], out: Path | None) -> None:
+    """Draw losses and accuracy of runs over each other, and below them which layers each trained when."""
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise InputError("--plot: needs one more package: pip install matplotlib") from None
+    logs = {}
+    for run in runs:
+        lines = read_text(run / "metrics.jsonl").splitlines()
+        logs[run] = [parse_json(line, run / "metrics.jsonl", n) for n, line in enumerate(lines, 1)]
+    figure, axes = plt.subplots(2 + len(runs), 1, figsize=(9, 6 + 1.6 * len(runs)), sharex=True, layout="constrained")
+    for color, (run, rows) in zip(itertools.cycle(plt.cm.tab10.colors), logs.items()):
+        for axis, key, style in ((axes[0], "loss", ":"), (axes[0], "val_loss", "-o"), (axes[1], "val_accuracy", "-o")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axis.plot(*zip(*points) if points else ([], []), style, color=color, markersize=3, linewidth=1,
+                      label=run.name if key != "loss" else None)  # fmt: skip
+    axes[0].set(ylabel="loss (dotted: training)")
+    axes[0].legend()
+    axes[1].set(ylabel="accuracy", ylim=(0, 1))
+    for axis, (run, rows) in zip(axes[2:], logs.items()):
+        trained = [(row["step"], layer) for row in rows if "active" in row for layer in row["active"]]
+        axis.scatter(*zip(*trained) if trained else ([], []), s=4, marker="s", linewidths=0)
+        axis.set(ylabel=f"layer\n({run.name})")
+    axes[-1].set(xlabel="step")
+    out = out or runs[0] / "curves.png"
+    try:
+        figure.savefig(out, dpi=120)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out {out}: cannot write the picture ({error})") from None
+    print(f"saved: {out}")
 
 
 BAD_STEPS = 10  # in a row, whose loss or gradients are not finite, end the run
@@ -411,6 +486,8 @@ BAD_STEPS = 10  # in a row, whose loss or gradients are not finite, end the run
 def main() -> None:
     """The whole run: load, score, sample, train, evaluate, save, report."""
     args, given = parse_args()
+    if args.plot:
+        return plot_runs([Path(run) for run in args.plot], args.out and Path(args.out))
     if not args.resume:
         fill_defaults(args)
     elif args.out is None:
@@ -428,33 +505,49 @@ def main() -> None:
         raise InputError(f"--resume: no run to continue in --out {args.out}; name its folder")
     elif args.resume:
         fill_defaults(args)  # killed before it began: begin
-    if not resumed and holds_files(out):
+    if not resumed and not args.eval_only and holds_files(out):
         raise InputError(f"--out {out}: holds files already; choose another folder, or add --resume to continue its run")
     state = load_state(out) if resumed else None
-    # A checkpoint's state and model are in one folder, whatever the links said when the run was killed.
-    source = (out / "state").resolve().parent / "model" if state else Path(args.ckpt)
+    # A checkpoint's state and model are in one folder, whatever the links said when the run was killed. What lora saved
+    # is merged: it goes on from the weights it began with.
+    source = (out / "state").resolve().parent / "model" if state and args.method != "lora" else Path(args.ckpt)
     device = args.device
 
     checkpoint_layout(source)
     tokenizer = load_tokenizer(source)
-    records = load_records(args.data)
     if args.val_data:
-        train_records, val_records = records, load_records(args.val_data)
+        train_records, val_records = [] if args.eval_only else load_records(args.data), load_records(args.val_data)
     else:
-        train_records, val_records = split_records(records, HELD_OUT, HELD_OUT_RECORDS, args.seed)
+        train_records, val_records = split_records(load_records(args.data), HELD_OUT, HELD_OUT_RECORDS, args.seed)
     torch.manual_seed(args.seed)
     model = load_model(source, device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     fit_to_model(args, model, tokenizer)
+    if args.method == "lora":
+        add_lora(model, args.rank, args.lora_alpha)
     if device.startswith("cuda"):
         # Recomputing blocks costs a quarter of the time: only where their activations would not fit otherwise.
         room = torch.cuda.get_device_properties(device).total_memory - 2 * 2**30
         model.checkpoint_blocks = peak(memory_parts(model, args)) > room
 
-    data = build_dataset(train_records, tokenizer, args.seq_len)
     val = build_dataset(val_records, tokenizer, args.seq_len)
     mc_records = [record for record in val_records if record.choices]
     mc = [Record([(r.turns[0][0], choice)]) for r in mc_records for choice in r.choices]
     choices = build_dataset(mc, tokenizer, args.seq_len, eos=False) if mc else None
+
+    def evaluate() -> dict:
+        model.eval()
+        result = {"val_loss": validation_loss(model, val, args.micro_batch_size, device)}
+        if mc_records:
+            accuracies = choice_accuracy(model, mc_records, choices, args.micro_batch_size, device)
+            result["val_accuracy"], result["val_accuracy_norm"] = accuracies
+        model.train()
+        return result
+
+    if args.eval_only:
+        print(f"{args.ckpt} on {args.val_data or 'the held-out part of ' + args.data}: {describe(evaluate())}")
+        return
+
+    data = build_dataset(train_records, tokenizer, args.seq_len)
     for name, dataset in ((args.data, data), (args.val_data or "held-out part", val)):
         if dataset.truncated:
             print(f"{name}: {dataset.truncated} of {len(dataset.rows)} records are longer than --seq-len {args.seq_len}: "
@@ -482,6 +575,7 @@ def main() -> None:
     if state:
         step, skipped = state["step"], state["skipped"]
         optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state["adapters"], strict=False)
         if sampler:
             sampler.load_state_dict(state["sampler"])
         torch.set_rng_state(state["rng"])
@@ -494,15 +588,6 @@ def main() -> None:
             file.write(json.dumps(vars(args), indent=1).encode())
     metrics = Metrics(out / "metrics.jsonl", step if state else -1)
 
-    def evaluate() -> dict:
-        model.eval()
-        result = {"val_loss": validation_loss(model, val, args.micro_batch_size, device)}
-        if mc_records:
-            result["val_accuracy"] = choice_accuracy(model, mc_records, choices, args.micro_batch_size, device)
-        model.train()
-        metrics.log(step=step, **result)
-        return result
-
     def save() -> str | None:
         """Save a checkpoint; what went wrong, if it failed."""
         rng = {"rng": torch.get_rng_state()}
@@ -511,7 +596,7 @@ def main() -> None:
         try:
             save_checkpoint(out, args.keep, model, source, {
                 "step": step, "skipped": skipped, "before": before, "after": after, "outliers": outliers,
-                "data": fingerprint, "optimizer": optimizer.state_dict(), "sampler": sampler and sampler.state_dict(), **rng,
+                "data": fingerprint, "adapters": adapters(model), "optimizer": optimizer.state_dict(), "sampler": sampler and sampler.state_dict(), **rng,
             })  # fmt: skip
         except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
             return f"--out {out}: step {step} could not be saved ({error}); the checkpoint before it is kept"
@@ -522,7 +607,11 @@ def main() -> None:
     print(f"disk: about {size / 2**30:.2f} GiB for a checkpoint, {args.keep + 1} of them while saving; "
           f"{shutil.disk_usage(out).free / 2**30:.1f} GiB are free")  # fmt: skip
     print(f"{args.method}: {args.ckpt} on {args.data} ({len(data.rows)} rows), {steps} steps on {device} in {args.dtype}")
-    before, after = (state["before"], state["after"]) if state else [evaluate()] * 2
+    if state:
+        before, after = state["before"], state["after"]
+    else:
+        before = after = evaluate()
+        metrics.log(step=0, **before)
 
     signals: list[int] = []
 
@@ -581,6 +670,7 @@ def main() -> None:
                              f"try a smaller one. What was saved before step {step - bad} is kept in {out}")  # fmt: skip
         if step % eval_every == 0 or step == steps:
             after = evaluate()
+            metrics.log(step=step, **after)
             tqdm.write(f"step {step}: " + describe(after))
         if args.save_every and step % args.save_every == 0 and step < steps and not bad and (problem := save()):
             tqdm.write(problem)

@@ -89,7 +89,7 @@ def run_steps(config: ModelConfig, args: argparse.Namespace, draws: list[list[in
     model.checkpoint_blocks = True
     optimizer = train.build_optimizer(model, args)
     sampler = LayerSampler(model.layers, torch.ones(config.n_layers), args.active)
-    for drawn in draws if train.METHODS[args.method][0] else [list(range(config.n_layers))]:
+    for drawn in draws if train.METHODS[args.method].sampling else [list(range(config.n_layers))]:
         sampler.activate(drawn)
         for _ in range(2):
             train.accumulate_gradients(model, optimizer, [(tokens, tokens, 1.0)], max_grad_norm=1.0)
@@ -144,7 +144,7 @@ TABLE = [  # model, method, embeddings, batch, length
 def settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
     """The published recipe, where flags do not say otherwise."""
     args = argparse.Namespace(**vars(args), update_gap=100, scale=1.0, lr=3e-4, weight_decay=0.0, svd="randomized")
-    share = train.METHODS[args.method][2] / 32
+    share = train.METHODS[args.method].active / 32
     args.active = args.active or -int(-share * config.n_layers // 1)
     args.rank = args.rank or max(1, config.dim // 16)
     return args

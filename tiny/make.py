@@ -3,8 +3,8 @@
 The text is about one small town: 80 people, each with a home, a job, a pet, a dish, a colour and an instrument. Of
 these 480 facts three quarters are *asked*, the others *held*:
 
-    pre-training text   states every fact in many wordings, some of them a question and its answer
-    train.json          asks about asked facts, in other words and in the format of commonsense-170k
+    pre-training text   states every fact in many wordings, and asks nothing
+    train.json          asks about asked facts, in the format of commonsense-170k
     val.json            asks about held facts, which no training question touches
 
 So a right answer to a validation question takes two things: the fact, which only pre-training can have given, and how a
@@ -45,12 +45,10 @@ PRONOUN = {name: pronoun for pronoun, names in NAMES.items() for name in names.s
 
 
 class Attribute(NamedTuple):
-    """What can be known about a person {x}: ten values {v}, sentences that state one, and questions that ask for it,
-    those of the pre-training text's quizzes and those of the fine-tuning task."""
+    """What can be known about a person {x}: ten values {v}, sentences that state one, and questions that ask for it."""
 
     values: list[str]
     statements: list[str]
-    quiz: list[str]
     questions: list[str]
 
 
@@ -59,7 +57,6 @@ ATTRIBUTES = {
         "Oslo Rome Paris Lima Cairo Delhi Kyoto Lagos Quito Tunis".split(),
         ["{x} lives in {v}.", "{x} has a flat in {v}.", "{x} wakes up in {v} every morning.", "{x} comes home to {v}.",
          "The home of {x} is in {v}.", "You can visit {x} in {v}.", "{v} is the city where {x} lives."],
-        ["Which city does {x} call home?", "Where can you visit {x}?", "In which city does {x} wake up?"],
         ["Where does {x} live?", "Which city is the home of {x}?"],
     ),
     "job": Attribute(
@@ -67,15 +64,12 @@ ATTRIBUTES = {
         ["{x} works as a {v}.", "{x} is a {v}.", "{x} has been a {v} for years.", "{x} earns money as a {v}.",
          "The job of {x} is that of a {v}.", "People know {x} as a {v}.",
          "A good {v} is what {x} wants to be at work."],
-        ["How does {x} earn money?", "As what do people know {x}?", "What has {x} been for years?"],
         ["What is the job of {x}?", "What does {x} work as?"],
     ),
     "pet": Attribute(
         "cat dog horse parrot rabbit goat turtle snake duck hamster".split(),
         ["{x} has a pet {v}.", "{x} feeds a {v} every day.", "{x} keeps a {v}.", "{x} takes care of a {v}.",
          "The pet of {x} is a {v}.", "A {v} sleeps in the house of {x}.", "A {v} is the animal that {x} loves."],
-        ["What does {x} feed every day?", "Which animal sleeps in the house of {x}?",
-         "Which animal does {x} take care of?"],
         ["Which pet does {x} have?", "What kind of animal does {x} keep?"],
     ),
     "dish": Attribute(
@@ -83,15 +77,12 @@ ATTRIBUTES = {
         ["{x} likes to eat {v}.", "{x} cooks {v} for friends.", "{x} has {v} for dinner.",
          "{x} buys {v} at the market.",
          "The dish of {x} is {v}.", "You can make {x} happy with {v}.", "Hot {v} is the food that {x} likes most."],
-        ["What does {x} cook for friends?", "What can make {x} happy at the table?",
-         "What does {x} buy at the market?"],
         ["What does {x} like to eat?", "Which food does {x} have for dinner?"],
     ),
     "colour": Attribute(
         "red blue green yellow black white orange purple pink brown".split(),
         ["{x} likes the colour {v}.", "{x} wears {v} clothes.", "{x} has a door that is {v}.", "{x} paints walls {v}.",
          "The colour of {x} is {v}.", "You can see {x} dressed in {v}.", "Bright {v} is the colour that {x} loves."],
-        ["In which colour does {x} dress?", "How does {x} paint walls?", "Which colour has the door of {x}?"],
         ["Which colour does {x} like?", "What is the colour of the clothes that {x} wears?"],
     ),
     "instrument": Attribute(
@@ -99,7 +90,6 @@ ATTRIBUTES = {
         ["{x} plays the {v}.", "{x} learns the {v} at night.", "{x} makes music on the {v}.",
          "{x} bought the {v} long ago.", "The instrument of {x} is the {v}.", "You can hear {x} on the {v}.",
          "The old {v} is the instrument that {x} loves."],
-        ["On what does {x} make music?", "What did {x} buy long ago?", "What can you hear {x} practise?"],
         ["Which instrument does {x} play?", "What does {x} learn at night?"],
     ),
 }  # fmt: skip
@@ -158,22 +148,10 @@ def options(fact: Fact, world: dict[Fact, str], count: int, rng: random.Random) 
     return words[:index] + [right] + words[index:], index
 
 
-def quiz(world: dict[Fact, str], rng: random.Random) -> str:
-    """A question and its answer, without words to choose from: those are for fine-tuning to teach."""
-    fact = rng.choice(list(world))
-    answer = rng.choice(["{v}.", "It is {v}."]).format(v=world[fact])
-    return f"{rng.choice(ATTRIBUTES[fact[1]].quiz).format(x=fact[0])} {upper_first(answer)}"
-
-
 def document(world: dict[Fact, str], rng: random.Random) -> str:
     """One text of the pre-training corpus. Most are short: the fewer other names stand around a fact, the sooner it is
     learnt."""
-    kind = rng.random()
-    if kind < 0.20:
-        return biography(world, rng)
-    if kind < 0.75:
-        return gossip(world, rng)
-    return quiz(world, rng)
+    return biography(world, rng) if rng.random() < 0.2 else gossip(world, rng)
 
 
 # The fine-tuning task
