@@ -91,6 +91,13 @@ def hill_alpha(weight: Tensor) -> float:
     return 1 + k / (e[n - k :] / e[n - k - 1]).log().sum().item()
 
 
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's rho of two series [L]: the correlation of their ranks, ties sharing their mean rank; nan where one is
+    constant."""
+    ranks = [(x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2 for x in (torch.as_tensor(a), torch.as_tensor(b))]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
 def default_threshold(dim: int) -> float:
     """Outlier threshold for a model's width: the paper's 13 at 4096 and above, and less below (it names 3 to 7 for smaller
     models, whose scores are spread less)."""
@@ -445,6 +452,30 @@ def layer_chart(columns: dict[str, Sequence[str]], bars: Sequence[float], width:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def plot_layers(columns: dict[str, Sequence[float]], title: str, file: str) -> None:
+    """A picture with one bar chart over the layers for each column."""
+    from data import InputError
+
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise InputError("--plot: needs one more package: pip install matplotlib") from None
+    figure, axes = plt.subplots(len(columns), 1, figsize=(8, 2 * len(columns)), sharex=True, layout="constrained")
+    for axis, (name, values) in zip(axes, columns.items()):
+        axis.bar(range(len(values)), values)
+        axis.set(ylabel=name)
+    axes[0].set(title=title)
+    axes[-1].set(xlabel="layer")
+    try:
+        figure.savefig(file, dpi=120)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--plot {file}: cannot write the picture ({error})") from None
+    print(f"saved: {file}")
+
+
 def main() -> None:
     """`python owlore.py --ckpt DIR --data FILE`: chart each layer's outliers, Hill alpha and sampling probability."""
     from data import TINY, Parser, build_dataset, load_records, load_tokenizer  # here: this file can be copied alone
@@ -458,6 +489,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, help="tokens in a calibration row (default: 512, or the context if shorter)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="which rows are drawn (default: %(default)s)")
+    parser.add_argument("--plot", metavar="FILE", help="draw the chart as a picture, too")
     args = parser.parse_args()
     model = load_model(args.ckpt, args.device, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
     context = model.config.max_seq_len
@@ -479,6 +511,11 @@ def main() -> None:
     }
     print(f"{args.ckpt}: outliers above {threshold:g} times the layer's mean, on {args.data}")
     print(layer_chart(columns, p.tolist()))
+    rho = rank_correlation(outliers, torch.tensor(alphas))
+    # The paper reads outliers as a heavy tail, a small alpha: it expects a negative correlation.
+    print(f"rank correlation of outliers and Hill alpha: {rho:+.2f} (the paper's reading: negative)")
+    if args.plot:
+        plot_layers({"outliers, %": 100 * outliers, "Hill alpha": alphas, "probability": p}, f"{args.ckpt}: ρ = {rho:+.2f}", args.plot)
 
 
 if __name__ == "__main__":

@@ -513,6 +513,14 @@ def test_hill_alpha_recovers_a_power_law():
     assert hill_alpha(torch.diag(torch.tensor(e).sqrt())) == pytest.approx(2.5, abs=0.05)
 
 
+@given(st.lists(st.integers(0, 5), min_size=3, max_size=30).filter(lambda x: len(set(x)) > 1), st.randoms())
+def test_rank_correlation_equals_spearmans(values, random):
+    others = random.sample(values, len(values))
+    # mean ranks by counting sort, correlated by numpy
+    ranks = [[np.mean([i for i, v in enumerate(sorted(x)) if v == y]) for y in x] for x in (values, others)]
+    assert owlore.rank_correlation(torch.tensor(values), torch.tensor(others)) == pytest.approx(np.corrcoef(ranks)[0, 1], abs=1e-5)
+
+
 @needs_shared
 def test_sampling_probabilities_of_llama2_7b():
     D = torch.tensor(np.loadtxt(SHARED / "facts/llama2_7b_outlier_percent_tau13.txt"))
@@ -1240,11 +1248,18 @@ def test_choice_accuracy_counts_the_likeliest_completion():
 def test_outlier_chart_command(monkeypatch, capsys, checkpoint, jsonl):
     code, text, error = run_cli(monkeypatch, capsys, owlore.main, "--ckpt", checkpoint, "--data", jsonl, "--device", "cpu")
     lines = text.splitlines()
-    assert code == 0 and len(lines) == 5 and "Hill alpha" in lines[1], error
-    p = [float(line.split()[3]) for line in lines[2:]]
-    assert sum(p) == pytest.approx(1, abs=1e-3)
-    bars = [line.count("█") for line in lines[2:]]
-    assert bars[int(np.argmax(p))] == max(bars) == 30
+    assert code == 0 and len(lines) == 6 and "Hill alpha" in lines[1], error
+    shares, p = (torch.tensor([float(line.split()[n]) for line in lines[2:5]]) for n in (1, 3))
+    linears = [[m.weight for m in layer.modules() if isinstance(m, nn.Linear)] for layer in load_model(checkpoint).layers]
+    alphas = torch.tensor([np.mean([hill_alpha(weight) for weight in layer]) for layer in linears])
+    assert p.sum() == pytest.approx(1, abs=1e-3)
+    assert f"{owlore.rank_correlation(shares, alphas):+.2f}" in lines[5]
+    bars = [line.count("█") for line in lines[2:5]]
+    assert bars[int(p.argmax())] == max(bars) == 30
+    pytest.importorskip("matplotlib")
+    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--plot", checkpoint / "layers.png")
+    assert run_cli(monkeypatch, capsys, owlore.main, *flags)[0] == 0
+    assert (checkpoint / "layers.png").read_bytes()[1:4] == b"PNG"
 
 
 @pytest.fixture(scope="module")
