@@ -12,13 +12,16 @@ import argparse
 import base64
 import binascii
 import contextlib
+import hashlib
 import json
 import os
 import re
+import shutil
 import sys
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator, Optional
 
 import numpy as np
 import sentencepiece
@@ -113,11 +116,16 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path):
         self.model = sentencepiece.SentencePieceProcessor()
         self.model.LoadFromSerializedProto(path.read_bytes())
+        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
         self.vocab_size, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of a text, between the marks asked for."""
         return [self.bos_id] * bos + self.model.encode(text) + [self.eos_id] * eos
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of many texts, without marks, on all cores."""
+        return self.model.encode(texts)
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; BOS and EOS have none."""
@@ -132,13 +140,20 @@ class TiktokenTokenizer:
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     )
-    SPECIAL = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eot_id|>": 9}
+    SPECIAL = {
+        "<|begin_of_text|>": 0,
+        "<|end_of_text|>": 1,
+        "<|start_header_id|>": 6,
+        "<|end_header_id|>": 7,
+        "<|eot_id|>": 9,
+    }
 
     def __init__(self, path: Path):
         try:
             import tiktoken
         except ImportError:
             raise InputError(f"{path}: LLaMA-3's tokenizer needs one more package: pip install tiktoken") from None
+        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
         ranks = {}
         for number, line in enumerate(path.read_bytes().splitlines()):
             token, rank = line.split()
@@ -155,6 +170,10 @@ class TiktokenTokenizer:
         # A run of a million letters or blanks would exhaust tiktoken's stack; Meta cuts such runs at 25,000, too.
         pieces = re.findall(r"(?s)\s{1,25000}|\S{1,25000}", text) if re.search(r"\s{25001}|\S{25001}", text) else [text]
         return [self.bos_id] * bos + [i for p in pieces for i in self.model.encode_ordinary(p)] + [self.eos_id] * eos
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of many texts, without marks, on all cores."""
+        return self.model.encode_ordinary_batch(texts, num_threads=os.cpu_count())
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; special tokens have none."""
@@ -214,7 +233,9 @@ class Record:
 
 
 # The prompt of Alpaca (Taori et al., 2023), with which commonsense-170k is trained and evaluated
-PREAMBLE = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+PREAMBLE = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+)
 INSTRUCTION, INPUT, RESPONSE = "### Instruction:\n{}\n\n", "### Input:\n{}\n\n", "### Response:\n"
 
 
@@ -231,7 +252,7 @@ def parse_record(record: object) -> Record:
     if not isinstance(record, dict):
         raise ValueError(f"a record must be a JSON object, this is {json.dumps(record)[:40]}")
 
-    def text(key: str, default: Optional[str] = None) -> str:
+    def text(key: str, default: str | None = None) -> str:
         value = record.get(key, default)
         if not isinstance(value, str):
             raise ValueError(f"{key!r} must be a text, this is {json.dumps(value)[:40]}")
@@ -276,7 +297,7 @@ def parse_messages(messages: object) -> list[tuple[str, str]]:
     turns, prompt = [], ""
     for message in messages if isinstance(messages, list) else [None]:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError("'messages' must be a list of {\"role\", \"content\"} with texts")
+            raise ValueError('\'messages\' must be a list of {"role", "content"} with texts')
         role, content = message.get("role"), message["content"]
         if role == "assistant":
             turns.append((prompt + RESPONSE, content))
@@ -344,6 +365,30 @@ def encode_turn(tokenizer: Tokenizer, prompt: str, completion: str, bos: bool, e
     return [~i for i in ids[:border]] + ids[border:]
 
 
+PIECE = 4096  # characters, about, of a long text that are tokenised together
+# Where no token spans: behind a line's end, before the blank between two words.
+CUT = re.compile(r"\n(?=[^\S\r\n]*\S)|(?<=\w)(?= \w)")
+
+
+def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The ids of a text as `tokenizer.encode` gives them, without marks: int32 [tokens]. SentencePiece takes time that
+    grows with the square of a text's length, and Python ids are ten times as large as these: it is done in pieces."""
+    starts = [0]
+    for cut in CUT.finditer(text):
+        if cut.end() - starts[-1] >= PIECE:
+            starts.append(cut.end())
+    pieces = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)])]
+    # A SentencePiece text begins with a blank of its own; behind a newline, whose ids are then left out, it does not.
+    newline = tokenizer.encode("\n", bos=False)
+    parts = [np.array(tokenizer.encode(pieces[0], bos=False), dtype=np.int32)]
+    for n in tqdm(range(1, len(pieces), 256), "tokenising a long text", leave=False, disable=None):
+        for ids in tokenizer.encode_batch(["\n" + piece for piece in pieces[n : n + 256]]):
+            if ids[: len(newline)] != newline:  # a vocabulary that merges across lines
+                return np.array(tokenizer.encode(text, bos=False), dtype=np.int32)
+            parts.append(np.array(ids[len(newline) :], dtype=np.int32))
+    return np.concatenate(parts)
+
+
 def fit(ids: list[int], length: int) -> list[int]:
     """Shorten a row to `length` tokens: from the prompt's left, keeping BOS; where a completion alone is too long, its end."""
     excess = len(ids) - length
@@ -394,8 +439,9 @@ def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int, eos
     stream: list[np.ndarray] = []
     for record in tqdm(records, "tokenising", leave=False, disable=None):
         if record.plain:
-            row = encode_turn(tokenizer, "", record.turns[0][1], bos=True, eos=len(records) > 1)
-            stream.append(np.array(row, dtype=np.int32))
+            bos, end = tokenizer.bos_id >= 0, len(records) > 1 and tokenizer.eos_id >= 0
+            marks = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], dtype=np.int32)
+            stream += [~marks[0, :bos], encode_long(tokenizer, record.turns[0][1]), marks[1, :end]]
             continue
         row = [
             i
@@ -417,6 +463,38 @@ def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int, eos
     )
 
 
+KEPT_FROM = 2**20  # characters; less is tokenised again as fast as read
+
+
+def load_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int) -> Dataset:
+    """`build_dataset`, kept on disk and memory-mapped from there when the same text is asked for again. The files are in
+    ~/.cache/owlore (or $XDG_CACHE_HOME/owlore), named by what they were made of; they may be deleted at any time."""
+    if sum(len(text) for record in records for turn in record.turns for text in turn) < KEPT_FROM:
+        return build_dataset(records, tokenizer, seq_len)
+    key = hashlib.sha256(f"1 {tokenizer.digest} {seq_len}".encode())
+    for record in records:
+        key.update(repr((record.turns, record.plain)).encode())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "owlore" / key.hexdigest()[:32]
+    try:
+        ids, rest = np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "rest.npz")
+        if zlib.crc32(ids) == rest["crc"]:
+            return Dataset(ids, rest["rows"], [r for r in records if r.choices], int(rest["truncated"]))
+    except Exception:  # numpy has no one error for a file that is damaged or missing: it is made again
+        pass
+    dataset = build_dataset(records, tokenizer, seq_len)
+    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        beside.mkdir(parents=True)
+        np.save(beside / "ids.npy", dataset.ids)
+        np.savez(beside / "rest.npz", rows=dataset.rows, truncated=dataset.truncated, crc=zlib.crc32(dataset.ids))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(beside, folder)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        print(f"{folder}: tokens could not be kept there ({error.strerror}); the next run will tokenise again")
+    return dataset
+
+
 def split_records(records: list[Record], share: float, most: int, seed: int) -> tuple[list[Record], list[Record]]:
     """Hold a share of the records, `most` of them at most, out for validation: of one plain text its end, of several
     records a random draw. Raises InputError where there is too little to split."""
@@ -429,6 +507,8 @@ def split_records(records: list[Record], share: float, most: int, seed: int) -> 
         return [Record([("", text[:cut])], plain=True)], [Record([("", text[cut:])], plain=True)]
     held = min(max(1, round(len(records) * share)), most)
     if held >= len(records):
-        raise InputError("--data: one record cannot be split into training and validation; add records or give --val-data")
+        raise InputError(
+            "--data: one record cannot be split into training and validation; add records or give --val-data"
+        )
     order = np.random.default_rng(seed).permutation(len(records))
     return [records[i] for i in sorted(order[held:])], [records[i] for i in sorted(order[:held])]

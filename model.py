@@ -20,9 +20,9 @@ import pickle
 import re
 import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Iterator, Optional
 
 import torch
 import torch.nn as nn
@@ -41,10 +41,10 @@ class ModelConfig:
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: Optional[int] = None  # None: as many as n_heads (no grouping)
+    n_kv_heads: int | None = None  # None: as many as n_heads (no grouping)
     vocab_size: int = 32000
     multiple_of: int = 256  # hidden_dim is rounded up to a multiple of this
-    ffn_dim_multiplier: Optional[float] = None
+    ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     use_scaled_rope: bool = False  # LLaMA-3.1's stretching of the slow rotary frequencies, with the four numbers below
@@ -52,16 +52,16 @@ class ModelConfig:
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_length: int = 8192
-    hidden_dim: Optional[int] = None  # given by Mistral; else computed
-    head_dim: Optional[int] = None  # given by Mistral; else dim / n_heads
-    sliding_window: Optional[int] = None  # Mistral 0.1: a token sees this many tokens, itself included
-    max_seq_len: Optional[int] = None  # the context; None: what the family was trained with
+    hidden_dim: int | None = None  # given by Mistral; else computed
+    head_dim: int | None = None  # given by Mistral; else dim / n_heads
+    sliding_window: int | None = None  # Mistral 0.1: a token sees this many tokens, itself included
+    max_seq_len: int | None = None  # the context; None: what the family was trained with
     tie_word_embeddings: bool = False  # the output head is the embedding matrix
 
     def __post_init__(self):
         for field in fields(self):
             value, kind = getattr(self, field.name), str(field.type)
-            if value is None and "Optional" in kind:
+            if value is None and "None" in kind:
                 continue
             if "bool" in kind:
                 good = isinstance(value, bool)
@@ -140,7 +140,7 @@ class LeanRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Optional[Tensor], None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         """With u = x * r: dx = r * (g - u * mean(g * u)), g = grad * weight; dweight = sum(grad * u)."""
         x, weight, r = ctx.saved_tensors
         u = x * r  # fp32, as r is
@@ -233,7 +233,7 @@ class Attention(nn.Module):
         self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.wo = Linear(config.n_heads * config.head_dim, config.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Optional[Tensor], cache=None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None) -> Tensor:
         """x: [B, T, dim] -> [B, T, dim]. mask: bool [T, keys], or None for plain causal attention."""
         B, T, _ = x.shape
         q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), cos, sin).transpose(1, 2)
@@ -297,7 +297,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config)
         self.ffn_norm = RMSNorm(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Optional[Tensor], cache=None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None) -> Tensor:
         """x: [B, T, dim] -> [B, T, dim]."""
         x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
         return x + self.feed_forward(self.ffn_norm(x))
@@ -326,7 +326,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False  # recompute each block's activations in the backward pass instead of storing them
+        self.checkpoint_blocks = False  # recompute each block's activations in the backward pass, do not store them
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config)
@@ -339,7 +339,7 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
-    def hidden(self, tokens: Tensor, cache: Optional[KVCache] = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens: int [B, T] -> what the output head reads: [B, T, dim]. A cache holds the tokens that came before."""
         T, start = tokens.shape[1], cache.length if cache else 0
         positions = torch.arange(start, start + T, device=tokens.device)
@@ -360,7 +360,7 @@ class Transformer(nn.Module):
             cache.length += T
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, targets: Optional[Tensor] = None, cache: Optional[KVCache] = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """tokens: int [B, T] -> logits [B, T, vocab_size]; with targets: int [B, T], the mean loss (a scalar, fp32, in
         nats) over the targets that are not -100, without ever holding all logits."""
         hidden = self.hidden(tokens, cache)
@@ -416,13 +416,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], None]:
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Scale what the forward pass computed. A second backward pass through the same loss is not possible."""
         grads, ctx.grads = ctx.grads, None
         return *(None if grad is None else grad.mul_(grad_loss) for grad in grads), None
 
 
-def stream(model: Transformer, tokens: Tensor, max_new_tokens: int, temperature: float, top_p: float) -> Iterator[Tensor]:
+def stream(
+    model: Transformer, tokens: Tensor, max_new_tokens: int, temperature: float, top_p: float
+) -> Iterator[Tensor]:
     """`generate`, one step at a time: yields int [B], max_new_tokens times."""
     if tokens.shape[1] < 1:
         raise ValueError("generation needs at least one token to begin with: the BOS token, say")
@@ -503,7 +505,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             header = json.loads(file.read(start - 8))
             header.pop("__metadata__", None)
         except (ValueError, AttributeError, RecursionError):
-            raise InputError(f"{path}: its header is not the JSON object of a safetensors file; fetch it again") from None
+            raise InputError(
+                f"{path}: its header is not the JSON object of a safetensors file; fetch it again"
+            ) from None
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
     for name, entry in header.items():
@@ -526,7 +530,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Map a `.pth` or `.bin` state dict. Only tensors are unpickled: code in the file is refused, never run."""
     if not zipfile.is_zipfile(path):
-        raise InputError(f"{path}: damaged, truncated or saved by torch < 1.6; fetch it again or save it with a newer torch")
+        raise InputError(
+            f"{path}: damaged, truncated or saved by torch < 1.6; fetch it again or save it with a newer torch"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
@@ -631,7 +637,9 @@ def read_hf(path: Path) -> tuple[dict, dict[str, list[Tensor]]]:
             weight_map = read_config(path / index).get("weight_map")
             names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {""}
             if not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):
-                raise InputError(f"{path / index}: its weight_map names something other than a file of its own folder; refused")
+                raise InputError(
+                    f"{path / index}: its weight_map names something other than a file of its own folder; refused"
+                )
             files = [path / name for name in sorted(names)]
             break
     else:
@@ -662,7 +670,7 @@ ROPE_KEYS = {  # ModelConfig's field -> its key in Hugging Face's rope_scaling
 
 
 def checkpoint_layout(path: str | Path) -> str:
-    """"meta" or "hf". Raises InputError where the folder holds neither."""
+    """Returns "meta" or "hf". Raises InputError where the folder holds neither."""
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; --ckpt takes the folder of a checkpoint")
@@ -687,7 +695,9 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
     file = path / ("params.json" if layout == "meta" else "config.json")
     unknown = set(params) - {field.name for field in fields(ModelConfig)}
     if unknown:
-        raise InputError(f"{file}: {sorted(unknown)[0]!r} is not a setting of the LLaMA or Mistral models supported here")
+        raise InputError(
+            f"{file}: {sorted(unknown)[0]!r} is not a setting of the LLaMA or Mistral models supported here"
+        )
     if params.get("n_layers") != len({name.split(".")[1] for name in pieces if name.startswith("layers.")}):
         raise InputError(f"{file}: says {params.get('n_layers')} layers, which is not what the weight files hold")
     try:
@@ -706,7 +716,9 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
         whole = list(shapes[0])
         if dimension is not None and all(len(shape) == 2 for shape in shapes):
             whole[dimension] = sum(shape[dimension] for shape in shapes)
-        alike = all(shape[:d] + shape[d + 1 :] == whole[:d] + whole[d + 1 :] for shape in shapes for d in [dimension or 0])
+        alike = all(
+            shape[:d] + shape[d + 1 :] == whole[:d] + whole[d + 1 :] for shape in shapes for d in [dimension or 0]
+        )
         if whole != list(parameter.shape) or not alike:
             raise InputError(
                 f"{path}: {name} has shape {whole}, but {file.name} asks for {list(parameter.shape)}; "
@@ -732,7 +744,7 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
     return model
 
 
-def shard_dimension(name: str, shards: list[Tensor], config: ModelConfig) -> Optional[int]:
+def shard_dimension(name: str, shards: list[Tensor], config: ModelConfig) -> int | None:
     """The dimension along which a parameter's tensor-parallel shards are joined; None: every shard has all of it."""
     if name.endswith("norm.weight"):
         return None
@@ -763,12 +775,15 @@ def save_model(model: Transformer, path: str | Path, layout: str = "meta") -> No
     for pattern in ("*.safetensors", "*.pth", "*.bin", "*.index.json", "params.json", "config.json"):
         for other in path.glob(pattern):
             if other.name not in own:
-                raise InputError(f"{other}: belongs to another checkpoint, which saving here would mix up; save elsewhere")
+                raise InputError(
+                    f"{other}: belongs to another checkpoint, which saving here would mix up; save elsewhere"
+                )
     path.mkdir(parents=True, exist_ok=True)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters() if name.endswith(".weight")}
     adapted = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if layout == "meta":
-        weights["output.weight"] = model.output.weight.detach()  # Meta's code wants it, tied or not; stored once if tied
+        # Meta's code wants the head, tied or not; a tied one is stored once.
+        weights["output.weight"] = model.output.weight.detach()
         inferred = {
             "hidden_dim": config.swiglu_hidden_dim(),
             "head_dim": config.dim // config.n_heads,
@@ -777,10 +792,12 @@ def save_model(model: Transformer, path: str | Path, layout: str = "meta") -> No
             "tie_word_embeddings": config.tie_word_embeddings,
         }
         # Meta's own code refuses settings it does not know, so only what differs from its defaults is written.
-        always, defaults = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps"), asdict(ModelConfig())
+        always = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps")
+        defaults = asdict(ModelConfig())
         params = {k: v for k, v in asdict(config).items() if k in always or v != inferred.get(k, defaults[k])}
         with atomic_write(path / "consolidated.00.pth") as file:
-            torch.save({name: adapted[name].merged().cpu() if name in adapted else w.cpu() for name, w in weights.items()}, file)
+            merged = ((name, adapted[name].merged() if name in adapted else w) for name, w in weights.items())
+            torch.save({name: weight.cpu() for name, weight in merged}, file)
         with atomic_write(path / "params.json") as file:
             file.write(json.dumps(params, indent=2).encode())
         return
@@ -851,12 +868,16 @@ def main() -> None:
     tokenizer = load_tokenizer(args.ckpt)
     model = load_model(args.ckpt, args.device, torch.bfloat16 if bf16 else torch.float32).eval()
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(f"{args.ckpt}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
+        raise InputError(
+            f"{args.ckpt}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}"
+        )
     torch.manual_seed(args.seed)
     ids = tokenizer.encode(args.prompt, bos=True)
     room = model.config.max_seq_len - len(ids)
     if room < 1:
-        raise InputError(f"--prompt: {len(ids)} tokens leave no room in the model's context of {model.config.max_seq_len}")
+        raise InputError(
+            f"--prompt: {len(ids)} tokens leave no room in the model's context of {model.config.max_seq_len}"
+        )
     shown = tokenizer.decode(ids)
     print(shown, end="", flush=True)
     tokens = torch.tensor([ids], device=args.device)

@@ -16,7 +16,7 @@ Sampling on or off, projection on or off, gives four methods: full fine-tuning (
 
 import math
 import weakref
-from typing import Callable, Iterable, Optional, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn as nn
@@ -26,7 +26,9 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def outlier_distribution(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable, threshold: float = 13.0) -> Tensor:
+def outlier_distribution(
+    model: nn.Module, layers: Sequence[nn.Module], batches: Iterable, threshold: float = 13.0
+) -> Tensor:
     """Share of outliers in each layer: OWL's layerwise outlier distribution (arXiv 2310.05175), OwLore's D_l.
 
         A_ij = |W_ij| * ||X_j||_2             X_j: input feature j over all calibration tokens
@@ -39,7 +41,9 @@ def outlier_distribution(model: nn.Module, layers: Sequence[nn.Module], batches:
     linears = [[module for module in layer.modules() if isinstance(module, nn.Linear)] for layer in layers]
     if not linears or not all(linears):
         raise ValueError("outlier_distribution needs layers that each hold at least one nn.Linear")
-    squares = {linear: torch.zeros(linear.in_features, device=linear.weight.device) for group in linears for linear in group}
+    squares = {
+        linear: torch.zeros(linear.in_features, device=linear.weight.device) for group in linears for linear in group
+    }
 
     def add_squares(linear: nn.Linear, inputs: tuple) -> None:
         X = inputs[0].flatten(0, -2)  # [tokens, in_features]
@@ -336,7 +340,7 @@ class ProjectedAdam(torch.optim.Optimizer):
         state["basis"] = P
 
     @torch.no_grad()
-    def step(self, closure: Optional[Callable] = None) -> Optional[Tensor]:
+    def step(self, closure: Callable | None = None) -> Tensor | None:
         """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
@@ -465,7 +469,7 @@ def plot_layers(columns: dict[str, Sequence[float]], title: str, file: str) -> N
         raise InputError("--plot: needs one more package: pip install matplotlib") from None
     figure, axes = plt.subplots(len(columns), 1, figsize=(8, 2 * len(columns)), sharex=True, layout="constrained")
     for axis, (name, values) in zip(axes, columns.items()):
-        axis.bar(range(len(values)), values)
+        axis.bar(range(len(values)), torch.as_tensor(values).tolist())
         axis.set(ylabel=name)
     axes[0].set(title=title)
     axes[-1].set(xlabel="layer")
@@ -478,15 +482,20 @@ def plot_layers(columns: dict[str, Sequence[float]], title: str, file: str) -> N
 
 def main() -> None:
     """`python owlore.py --ckpt DIR --data FILE`: chart each layer's outliers, Hill alpha and sampling probability."""
-    from data import TINY, Parser, build_dataset, load_records, load_tokenizer  # here: this file can be copied alone
-    from model import load_model
     from tqdm import tqdm
+
+    from data import TINY, Parser, load_dataset, load_records, load_tokenizer  # here: this file can be copied alone
+    from model import load_model
 
     parser = Parser(description="Show each layer's outlier share, Hill alpha and sampling probability.")
     parser.add_argument("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
-    parser.add_argument("--data", default=str(TINY / "text.txt"), help="calibration text (default: the one in tiny/)")
-    parser.add_argument("--threshold", type=float, help="default: 13 for a model of 4096 dimensions, less for smaller ones")
-    parser.add_argument("--seq-len", type=int, help="tokens in a calibration row (default: 512, or the context if shorter)")
+    parser.add_argument("--data", default=str(TINY / "train.json"), help="calibration text (default: that of tiny/)")
+    parser.add_argument(
+        "--threshold", type=float, help="default: 13 for a model of 4096 dimensions, less for smaller ones"
+    )
+    parser.add_argument(
+        "--seq-len", type=int, help="tokens in a calibration row (default: 512, or the context if shorter)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="which rows are drawn (default: %(default)s)")
     parser.add_argument("--plot", metavar="FILE", help="draw the chart as a picture, too")
@@ -497,7 +506,7 @@ def main() -> None:
     if not 1 <= seq_len <= context:
         parser.error(f"--seq-len {seq_len} is not between 1 and the model's context of {context}")
     threshold = default_threshold(model.config.dim) if args.threshold is None else args.threshold
-    dataset = build_dataset(load_records(args.data), load_tokenizer(args.ckpt), seq_len)
+    dataset = load_dataset(load_records(args.data), load_tokenizer(args.ckpt), seq_len)
     rows = tqdm(dataset.sample(CALIBRATION_ROWS, args.seed), "scoring outliers", leave=False)
     outliers = outlier_distribution(model, model.layers, (row.to(args.device) for row in rows), threshold)
     weights = [[m.weight for m in layer.modules() if isinstance(m, nn.Linear)] for layer in model.layers]
@@ -515,7 +524,11 @@ def main() -> None:
     # The paper reads outliers as a heavy tail, a small alpha: it expects a negative correlation.
     print(f"rank correlation of outliers and Hill alpha: {rho:+.2f} (the paper's reading: negative)")
     if args.plot:
-        plot_layers({"outliers, %": 100 * outliers, "Hill alpha": alphas, "probability": p}, f"{args.ckpt}: ρ = {rho:+.2f}", args.plot)
+        plot_layers(
+            {"outliers, %": 100 * outliers, "Hill alpha": alphas, "probability": p},
+            f"{args.ckpt}: ρ = {rho:+.2f}",
+            args.plot,
+        )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,16 @@ import model as model_module
 import owlore
 import train
 from data import InputError, build_dataset, encode_turn, fit, load_records, load_tokenizer, parse_record, split_records
-from model import ChunkedCrossEntropy, KVCache, ModelConfig, Transformer, generate, load_model, read_safetensors, save_model
+from model import (
+    ChunkedCrossEntropy,
+    KVCache,
+    ModelConfig,
+    Transformer,
+    generate,
+    load_model,
+    read_safetensors,
+    save_model,
+)
 from owlore import (
     LayerSampler,
     ProjectedAdam,
@@ -92,7 +101,10 @@ def reference_logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
         f = c.rope_theta ** (-2 * i / c.head_dim)
         if c.use_scaled_rope:  # as Meta states it, in wavelengths
             wavelength = 2 * math.pi / f
-            low, high = c.rope_original_length / c.rope_low_freq_factor, c.rope_original_length / c.rope_high_freq_factor
+            low, high = (
+                c.rope_original_length / c.rope_low_freq_factor,
+                c.rope_original_length / c.rope_high_freq_factor,
+            )
             if wavelength > low:
                 f = f / c.rope_scaling_factor
             elif wavelength > high:
@@ -113,7 +125,9 @@ def reference_logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
         for h in range(c.n_heads):
             g = h // (c.n_heads // c.n_kv_heads)
             qh, kh, vh = (t[:, i * c.head_dim : (i + 1) * c.head_dim] for t, i in ((q, h), (k, g), (v, g)))
-            qh, kh = (torch.view_as_real(torch.view_as_complex(t.reshape(T, -1, 2)) * turn).flatten(1) for t in (qh, kh))
+            qh, kh = (
+                torch.view_as_real(torch.view_as_complex(t.reshape(T, -1, 2)) * turn).flatten(1) for t in (qh, kh)
+            )
             scores = qh @ kh.T / math.sqrt(c.head_dim)
             for i in range(T):
                 for j in range(T):
@@ -349,6 +363,53 @@ def test_known_token_ids():
 
 
 @needs_shared
+@pytest.mark.parametrize(
+    "path", ["tokenizers/llama2", "tokenizers/mistral", "tokenizers/llama3", "checkpoints/stories260K", None]
+)
+def test_a_long_text_is_tokenised_in_pieces_as_in_one(path, monkeypatch):
+    if path == "tokenizers/llama3":
+        pytest.importorskip("tiktoken")
+    tokenizer = load_tokenizer(SHARED / path if path else TINY)
+    monkeypatch.setattr(data, "PIECE", 50)
+    texts = [
+        (SHARED / "data" / name).read_text()[:60000]
+        for name in ("wikitext2_valid.txt", "tinyshakespeare.txt", "c4_demo.jsonl")
+    ]
+    texts += ["a\n\n \n b  c\t\n\td.\n\n\ne f\r\ng 12345 h\n 67890.\n" * 50, "word " * 400, "x", ""]
+    for text in texts:
+        assert data.encode_long(tokenizer, text).tolist() == tokenizer.encode(text, bos=False)
+
+
+def test_tokens_are_kept_on_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "KEPT_FROM", 10)
+    tokenizer = load_tokenizer(TINY)
+    records = [parse_record({"prompt": f"{n} and", "choices": [" one", " two"], "answer": 0}) for n in range(9)]
+    records.append(parse_record({"text": "some text " * 9}))
+    built = build_dataset(records, tokenizer, 12)
+
+    def same(a, b):
+        return (
+            np.array_equal(a.ids, b.ids)
+            and np.array_equal(a.rows, b.rows)
+            and (a.truncated, a.records) == (b.truncated, b.records)
+        )
+
+    assert same(data.load_dataset(records, tokenizer, 12), built)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "build_dataset", None)  # not called again
+        kept = data.load_dataset(records, tokenizer, 12)
+        assert same(kept, built) and isinstance(kept.ids, np.memmap)
+    assert not same(data.load_dataset(records, tokenizer, 11), built)
+    assert not same(data.load_dataset(records[1:], tokenizer, 12), built)
+    for file in (tmp_path / "cache").rglob("*.np?"):
+        file.write_bytes(file.read_bytes()[:-8])  # damaged: made anew
+        assert same(data.load_dataset(records, tokenizer, 12), built)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(TINY / "params.json"))  # not a folder: done without
+    assert same(data.load_dataset(records, tokenizer, 12), built)
+
+
+@needs_shared
 def test_llama3_tokenizer_survives_a_million_letters():
     pytest.importorskip("tiktoken")
     tokenizer = load_tokenizer(SHARED / "tokenizers/llama3")
@@ -377,7 +438,11 @@ def test_record_types():
         assert record.turns == [("a", "c")] and record.choices == ["b", "c"] and record.answer == 1
     chat = [("system", "be kind"), ("user", "hi"), ("assistant", "hello"), ("user", "bye"), ("assistant", "ciao")]
     turns = parse_record({"messages": [{"role": r, "content": c} for r, c in chat]}).turns
-    assert [completion for _, completion in turns] == ["hello", "ciao"] and "be kind" in turns[0][0] and "bye" in turns[1][0]
+    assert (
+        [completion for _, completion in turns] == ["hello", "ciao"]
+        and "be kind" in turns[0][0]
+        and "bye" in turns[1][0]
+    )
     assert parse_record({"text": "abc"}).plain
 
 
@@ -385,7 +450,9 @@ def test_data_files_of_every_kind(tmp_path):
     rows = [ARC, {"prompt": "a", "completion": "b"}]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    (tmp_path / "typed.json").write_text(json.dumps({"type": "text2text", "instances": [{"input": "a", "output": "b"}] * 2}))
+    (tmp_path / "typed.json").write_text(
+        json.dumps({"type": "text2text", "instances": [{"input": "a", "output": "b"}] * 2})
+    )
     (tmp_path / "plain.txt").write_text("hello\nworld")
     assert load_records(tmp_path / "list.json") == load_records(tmp_path / "lines.jsonl")
     assert load_records(tmp_path / "typed.json")[1].turns == [("a", "b")]
@@ -424,7 +491,9 @@ def test_a_token_across_the_border_belongs_to_the_completion():
 
 
 def test_a_second_turn_is_context_again():
-    messages = [{"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "A"), ("user", "r"), ("assistant", "B"))]
+    messages = [
+        {"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "A"), ("user", "r"), ("assistant", "B"))
+    ]
     dataset = build_dataset([parse_record({"messages": messages})], Letters(), seq_len=500)
     _, targets = dataset.batch(np.array([0]))
     assert targets[targets != -100].tolist() == [ord("A"), 2, ord("B"), 2]
@@ -478,7 +547,10 @@ def test_outlier_distribution_equals_brute_force(threshold):
         if isinstance(model, Transformer):
             layers = model.layers
         inputs = {m: [] for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)}
-        hooks = [m.register_forward_pre_hook(lambda m, x: inputs[m].append(x[0].flatten(0, -2))) for m in inputs]
+        hooks = [
+            m.register_forward_pre_hook(lambda m, x, inputs=inputs: inputs[m].append(x[0].flatten(0, -2)))
+            for m in inputs
+        ]
         model.eval()
         for batch in batches:
             model(batch)
@@ -518,7 +590,9 @@ def test_rank_correlation_equals_spearmans(values, random):
     others = random.sample(values, len(values))
     # mean ranks by counting sort, correlated by numpy
     ranks = [[np.mean([i for i, v in enumerate(sorted(x)) if v == y]) for y in x] for x in (values, others)]
-    assert owlore.rank_correlation(torch.tensor(values), torch.tensor(others)) == pytest.approx(np.corrcoef(ranks)[0, 1], abs=1e-5)
+    assert owlore.rank_correlation(torch.tensor(values), torch.tensor(others)) == pytest.approx(
+        np.corrcoef(ranks)[0, 1], abs=1e-5
+    )
 
 
 @needs_shared
@@ -625,7 +699,7 @@ def test_without_rank_it_is_adamw():
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     settings = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
     a, b = ProjectedAdam(ours, **settings), torch.optim.AdamW(theirs, **settings)
-    for step in range(200):
+    for _ in range(200):
         for p, q in zip(ours, theirs):
             p.grad = torch.randn(p.shape)
             q.grad = p.grad.clone()
@@ -639,7 +713,9 @@ def test_without_rank_it_is_adamw():
 def test_full_rank_is_adam_in_the_rotated_basis(shape):
     W = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
     start, gradients = W.detach().clone(), random_gradients(*shape, steps=30)
-    optimizer = ProjectedAdam([{"params": [W], "rank": min(shape), "update_gap": 1000, "scale": 1.0}], lr=0.01, svd="exact")
+    optimizer = ProjectedAdam(
+        [{"params": [W], "rank": min(shape), "update_gap": 1000, "scale": 1.0}], lr=0.01, svd="exact"
+    )
     U, _, Vh = torch.linalg.svd(gradients[0], full_matrices=False)
     tall = shape[0] >= shape[1]
     P = Vh.T if tall else U
@@ -804,7 +880,11 @@ def test_state_dict_round_trips_bit_for_bit(dtype):
     for p, q in zip((resumed[0], resumed[1]), (straight[0], straight[1])):
         for key, value in straight[2].state[q].items():
             got = resumed[2].state[p][key]
-            assert torch.equal(got, value) and got.dtype == value.dtype if isinstance(value, torch.Tensor) else got == value
+            assert (
+                torch.equal(got, value) and got.dtype == value.dtype
+                if isinstance(value, torch.Tensor)
+                else got == value
+            )
 
 
 def test_a_discarded_optimizer_lets_go_of_the_gradients():
@@ -844,7 +924,7 @@ def test_updates_below_bf16_resolution_are_not_lost():
 
 def test_optimizer_refuses_what_it_cannot_do():
     W, b = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3))
-    for group, settings in (
+    for group, options in (
         ({"params": [W], "rank": 0}, {}),
         ({"params": [b], "rank": 2}, {}),
         ({"params": [W], "rank": 2, "update_gap": 0}, {}),
@@ -852,7 +932,7 @@ def test_optimizer_refuses_what_it_cannot_do():
         ({"params": [W]}, {"betas": (1.0, 0.9)}),
     ):
         with pytest.raises(ValueError):
-            ProjectedAdam([group], lr=0.1, **settings)
+            ProjectedAdam([group], lr=0.1, **options)
 
 
 # train.py
@@ -896,7 +976,20 @@ def read_metrics(out: Path) -> list[dict]:
 
 def test_a_run_trains_saves_and_loads_again(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
     out = tmp_path / "run"
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 12, "--batch-size", 4, "--interval", 3)
+    flags = (
+        "--ckpt",
+        checkpoint,
+        "--data",
+        jsonl,
+        "--device",
+        "cpu",
+        "--steps",
+        12,
+        "--batch-size",
+        4,
+        "--interval",
+        3,
+    )
     code, text, _ = run_cli(monkeypatch, capsys, train.main, *flags, "--out", out)
     assert code == 0 and "before" in text and "after" in text
     rows = read_metrics(out)
@@ -916,10 +1009,21 @@ def test_a_run_trains_saves_and_loads_again(monkeypatch, capsys, checkpoint, jso
 
 @pytest.mark.parametrize("method", train.METHODS)
 @pytest.mark.parametrize("embeddings", ["full", "projected", "frozen"])
-def test_every_method_runs_and_trains_what_it_should(monkeypatch, capsys, checkpoint, jsonl, tmp_path, method, embeddings):
+def test_every_method_runs_and_trains_what_it_should(
+    monkeypatch, capsys, checkpoint, jsonl, tmp_path, method, embeddings
+):
     flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 4, "--batch-size", 4, "--interval", 2)
     code, _, error = run_cli(
-        monkeypatch, capsys, train.main, *flags, "--out", tmp_path / "run", "--method", method, "--embeddings", embeddings
+        monkeypatch,
+        capsys,
+        train.main,
+        *flags,
+        "--out",
+        tmp_path / "run",
+        "--method",
+        method,
+        "--embeddings",
+        embeddings,
     )
     assert code == 0, error
     tuned, source = load_model(tmp_path / "run/model"), load_model(checkpoint)
@@ -929,7 +1033,11 @@ def test_every_method_runs_and_trains_what_it_should(monkeypatch, capsys, checkp
         if "norm" in name and method == "lora":
             trained = False
         else:
-            trained = int(name.split(".")[1]) in drawn if name.startswith("layers.") else "norm" in name or embeddings != "frozen"
+            trained = (
+                int(name.split(".")[1]) in drawn
+                if name.startswith("layers.")
+                else "norm" in name or embeddings != "frozen"
+            )
         assert torch.equal(p, q) != trained, name
 
 
@@ -1004,7 +1112,9 @@ SERVER = multiprocessing.get_context("forkserver")  # forks processes that have 
 SERVER.set_forkserver_preload([__name__])
 
 
-def start_cli(*argv, largest_file: int | None = None, when: Callable = lambda: False, number: int = signal.SIGKILL) -> tuple[int, str]:
+def start_cli(
+    *argv, largest_file: int | None = None, when: Callable = lambda: False, number: int = signal.SIGKILL
+) -> tuple[int, str]:
     """Run train.py in a process of its own and send it a signal `when` that is true. Returns its exit code, negative where
     the signal ended it, and what it printed."""
     with tempfile.NamedTemporaryFile() as output:
@@ -1046,7 +1156,20 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("method", train.METHODS)
 def test_resuming_continues_bit_for_bit(method, checkpoint, jsonl, tmp_path):
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 14, "--batch-size", 8, "--interval", 3)
+    flags = (
+        "--ckpt",
+        checkpoint,
+        "--data",
+        jsonl,
+        "--device",
+        "cpu",
+        "--steps",
+        14,
+        "--batch-size",
+        8,
+        "--interval",
+        3,
+    )
     # in bf16 stochastic rounding draws random numbers; an epoch is 8 steps
     flags += ("--method", method, "--dtype", "bf16", "--micro-batch-size", 3, "--update-gap", 2, "--save-every", 5)
     assert start_cli(*flags, "--out", tmp_path / "a")[0] == 0
@@ -1058,7 +1181,20 @@ def test_resuming_continues_bit_for_bit(method, checkpoint, jsonl, tmp_path):
 
 
 def test_killed_at_twenty_random_moments_a_run_ends_as_if_never_interrupted(checkpoint, jsonl, tmp_path):
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 250, "--batch-size", 4, "--save-every", 4)
+    flags = (
+        "--ckpt",
+        checkpoint,
+        "--data",
+        jsonl,
+        "--device",
+        "cpu",
+        "--steps",
+        250,
+        "--batch-size",
+        4,
+        "--save-every",
+        4,
+    )
     flags += ("--dtype", "bf16", "--eval-every", 60)
     began = time.time()
     assert start_cli(*flags, "--out", tmp_path / "a")[0] == 0
@@ -1067,7 +1203,9 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_if_never_interrupted(chec
     kills = 0
     for _ in range(200):
         moment = time.time() + (random.uniform(0, 0.15 * took) if kills < 20 else 600)
-        code, output = start_cli(*flags, "--resume", "--out", tmp_path / "b", when=lambda: time.time() > moment)
+        code, output = start_cli(
+            *flags, "--resume", "--out", tmp_path / "b", when=lambda moment=moment: time.time() > moment
+        )
         if code == 0:
             break
         assert code == -signal.SIGKILL, output
@@ -1090,7 +1228,20 @@ def test_a_signal_saves_and_says_how_to_go_on(number, checkpoint, jsonl, tmp_pat
 
 
 def test_a_failed_save_keeps_the_last_checkpoint_and_the_run(checkpoint, jsonl, tmp_path):
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--batch-size", 4, "--save-every", 4, "--steps", 14)
+    flags = (
+        "--ckpt",
+        checkpoint,
+        "--data",
+        jsonl,
+        "--device",
+        "cpu",
+        "--batch-size",
+        4,
+        "--save-every",
+        4,
+        "--steps",
+        14,
+    )
     assert start_cli(*flags, "--out", tmp_path / "a")[0] == 0
 
     start_cli(*flags, "--out", tmp_path / "b", when=reached(tmp_path / "b", 6))
@@ -1104,7 +1255,20 @@ def test_a_failed_save_keeps_the_last_checkpoint_and_the_run(checkpoint, jsonl, 
 
 
 def test_only_the_newest_checkpoints_are_kept(checkpoint, jsonl, tmp_path):
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--batch-size", 4, "--save-every", 2, "--steps", 9)
+    flags = (
+        "--ckpt",
+        checkpoint,
+        "--data",
+        jsonl,
+        "--device",
+        "cpu",
+        "--batch-size",
+        4,
+        "--save-every",
+        2,
+        "--steps",
+        9,
+    )
     assert start_cli(*flags, "--out", tmp_path / "run", "--keep", 2)[0] == 0
     assert [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step-0000008", "step-0000009"]
     assert (tmp_path / "run/model").resolve() == tmp_path / "run/checkpoints/step-0000009/model"
@@ -1131,8 +1295,23 @@ def test_contradicting_flags_and_changed_data_are_refused_on_resume(checkpoint, 
     assert start_cli("--resume", "--out", tmp_path / "none")[0] == 2
 
 
-def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_many(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--batch-size", 4, "--steps", 30, "--save-every", 5)
+def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_many(
+    monkeypatch, capsys, checkpoint, jsonl, tmp_path
+):
+    flags = (
+        "--ckpt",
+        checkpoint,
+        "--data",
+        jsonl,
+        "--device",
+        "cpu",
+        "--batch-size",
+        4,
+        "--steps",
+        30,
+        "--save-every",
+        5,
+    )
     forward, calls = Transformer.forward, []
 
     def poisoned(self, tokens, targets=None, cache=None):
@@ -1178,13 +1357,17 @@ def mutations(raw: bytes, count: int, seed: int) -> Iterator[bytes]:
             elif kind == 2:
                 damaged[at:at] = damaged[at : at + int(random.integers(1, 40))]
             elif kind == 3:
-                damaged[at:at] = random.choice([b"9" * 30, b"-", b"null", b"[", b"\xff\xfe", b"1e999", b'"', b"../../x"])
+                damaged[at:at] = random.choice(
+                    [b"9" * 30, b"-", b"null", b"[", b"\xff\xfe", b"1e999", b'"', b"../../x"]
+                )
             else:
                 del damaged[at : at + int(random.integers(1, 20))]
         yield bytes(damaged)
 
 
-@pytest.mark.parametrize("file", ["params.json", "config.json", "model.safetensors", "consolidated.00.pth", "tokenizer.model"])
+@pytest.mark.parametrize(
+    "file", ["params.json", "config.json", "model.safetensors", "consolidated.00.pth", "tokenizer.model"]
+)
 def test_damaged_checkpoint_files_load_or_are_refused_in_one_line(file, checkpoint, capfd):
     if file in ("config.json", "model.safetensors"):
         to_hf(checkpoint)
@@ -1218,7 +1401,20 @@ def test_damaged_data_files_load_or_are_refused_in_one_line(name, jsonl, tmp_pat
 
 def test_micro_batches_do_not_change_a_run(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
     """SGD-like check of the loop's weighting: rows of different lengths, so a mean of means would differ."""
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 3, "--batch-size", 8, "--method", "full")
+    flags = (
+        "--ckpt",
+        checkpoint,
+        "--data",
+        jsonl,
+        "--device",
+        "cpu",
+        "--steps",
+        3,
+        "--batch-size",
+        8,
+        "--method",
+        "full",
+    )
     losses = []
     for size in (8, 3):
         out = tmp_path / str(size)
@@ -1246,11 +1442,15 @@ def test_choice_accuracy_counts_the_likeliest_completion():
 
 
 def test_outlier_chart_command(monkeypatch, capsys, checkpoint, jsonl):
-    code, text, error = run_cli(monkeypatch, capsys, owlore.main, "--ckpt", checkpoint, "--data", jsonl, "--device", "cpu")
+    code, text, error = run_cli(
+        monkeypatch, capsys, owlore.main, "--ckpt", checkpoint, "--data", jsonl, "--device", "cpu"
+    )
     lines = text.splitlines()
     assert code == 0 and len(lines) == 6 and "Hill alpha" in lines[1], error
     shares, p = (torch.tensor([float(line.split()[n]) for line in lines[2:5]]) for n in (1, 3))
-    linears = [[m.weight for m in layer.modules() if isinstance(m, nn.Linear)] for layer in load_model(checkpoint).layers]
+    linears = [
+        [m.weight for m in layer.modules() if isinstance(m, nn.Linear)] for layer in load_model(checkpoint).layers
+    ]
     alphas = torch.tensor([np.mean([hill_alpha(weight) for weight in layer]) for layer in linears])
     assert p.sum() == pytest.approx(1, abs=1e-3)
     assert f"{owlore.rank_correlation(shares, alphas):+.2f}" in lines[5]
@@ -1262,28 +1462,19 @@ def test_outlier_chart_command(monkeypatch, capsys, checkpoint, jsonl):
     assert (checkpoint / "layers.png").read_bytes()[1:4] == b"PNG"
 
 
-@pytest.fixture(scope="module")
-def embedded_runs(tmp_path_factory):
-    """The embedded default, shortened, twice."""
-    outs = [tmp_path_factory.mktemp("tiny") / name for name in "ab"]
-    for out in outs:
-        argv, sys.argv = sys.argv, ["train.py", "--out", str(out), "--device", "cpu", "--steps", "60", "--eval-every", "60"]
-        try:
-            train.main()
-        finally:
-            sys.argv = argv
-    return outs
+def test_embedded_default_learns(monkeypatch, capsys, tmp_path):
+    flags = ("--out", tmp_path / "run", "--device", "cpu", "--steps", 90, "--eval-every", 90)  # half
+    assert run_cli(monkeypatch, capsys, train.main, *flags)[0] == 0
+    before, after = (r for r in read_metrics(tmp_path / "run") if "val_loss" in r)
+    assert after["val_loss"] < before["val_loss"] / 10
+    assert before["val_accuracy"] < 0.35 and after["val_accuracy"] > 0.45  # 120 questions with four answers each
 
 
-def test_embedded_default_learns(embedded_runs):
-    evaluations = [r for r in read_metrics(embedded_runs[0]) if "val_loss" in r]
-    before, after = evaluations[0], evaluations[-1]
-    assert after["val_loss"] < before["val_loss"] / 2
-    assert before["val_accuracy"] < 0.4 and after["val_accuracy"] > before["val_accuracy"] + 0.1
-
-
-def test_embedded_default_repeats_bit_for_bit(embedded_runs):
-    a, b = (load_model(out / "model").state_dict() for out in embedded_runs)
+def test_embedded_default_repeats_bit_for_bit(monkeypatch, capsys, tmp_path):
+    for name in "ab":
+        flags = ("--out", tmp_path / name, "--device", "cpu", "--steps", 12, "--interval", 5, "--dtype", "bf16")
+        assert run_cli(monkeypatch, capsys, train.main, *flags)[0] == 0
+    a, b = (load_model(tmp_path / name / "model", dtype=torch.bfloat16).state_dict() for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -1452,7 +1643,9 @@ BAD_DATA = {
 def test_bad_data_is_refused(name, monkeypatch, capsys, checkpoint, tmp_path):
     content, names = BAD_DATA[name]
     (tmp_path / name).write_bytes(content)
-    result = run_cli(monkeypatch, capsys, train.main, "--ckpt", checkpoint, "--data", tmp_path / name, "--out", tmp_path / "run")
+    result = run_cli(
+        monkeypatch, capsys, train.main, "--ckpt", checkpoint, "--data", tmp_path / name, "--out", tmp_path / "run"
+    )
     assert_refused(result, names)
     assert not (tmp_path / "run").exists()
 
@@ -1488,6 +1681,12 @@ def test_bad_flags_are_refused(flags, names, monkeypatch, capsys, checkpoint, js
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("main", [train.main, owlore.main, model_module.main], ids=lambda main: main.__module__)
+def test_help_is_shown(main, monkeypatch, capsys):
+    code, text, _ = run_cli(monkeypatch, capsys, main, "--help")
+    assert code == 0 and "--ckpt" in text
+
+
 def test_an_existing_run_is_not_overwritten(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -1506,7 +1705,16 @@ def test_saving_over_another_checkpoint_is_refused(checkpoint):
 def test_long_records_are_cut_counted_and_reported(monkeypatch, capsys, checkpoint, tmp_path):
     rows = [{"prompt": "word " * 300, "completion": " end"}] * 3 + [{"prompt": "a", "completion": " b"}] * 30
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = ("--ckpt", checkpoint, "--data", tmp_path / "long.jsonl", "--val-data", tmp_path / "long.jsonl", "--steps", 1)
+    flags = (
+        "--ckpt",
+        checkpoint,
+        "--data",
+        tmp_path / "long.jsonl",
+        "--val-data",
+        tmp_path / "long.jsonl",
+        "--steps",
+        1,
+    )
     code, text, error = run_cli(monkeypatch, capsys, train.main, *flags, "--seq-len", 64, "--out", tmp_path / "run")
     assert code == 0 and "3 of 33 records" in text and "--seq-len 64" in text, error
 

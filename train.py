@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -34,15 +35,35 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
-    TINY, Dataset, InputError, Parser, Record, Tokenizer, atomic_write, build_dataset, copy_tokenizer, load_records,
-    load_tokenizer, parse_json, read_json, read_text, run_command, split_records, sync_folder,
+    TINY,
+    Dataset,
+    InputError,
+    Parser,
+    Record,
+    Tokenizer,
+    atomic_write,
+    build_dataset,
+    copy_tokenizer,
+    load_dataset,
+    load_records,
+    load_tokenizer,
+    parse_json,
+    read_json,
+    read_text,
+    run_command,
+    split_records,
+    sync_folder,
 )  # fmt: skip
 from model import Transformer, add_lora, checkpoint_layout, load_model, save_model
 from owlore import (
-    CALIBRATION_ROWS, LayerSampler, ProjectedAdam, default_threshold, layer_chart, outlier_distribution,
+    CALIBRATION_ROWS,
+    LayerSampler,
+    ProjectedAdam,
+    default_threshold,
+    layer_chart,
+    outlier_distribution,
     sampling_probabilities,
 )  # fmt: skip
-
 
 
 class Method(NamedTuple):
@@ -68,9 +89,13 @@ def flag_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", default=str(TINY), help="checkpoint folder, Meta's or Hugging Face's layout (default: the embedded tiny/)")
+    add(
+        "--ckpt",
+        default=str(TINY),
+        help="checkpoint folder, Meta's or Hugging Face's layout (default: the embedded tiny/)",
+    )
     add("--data", help="training data: .txt, .json or .jsonl (default with the default --ckpt: tiny/train.json)")
-    add("--val-data", help=f"validation data (default: {HELD_OUT:.0%} of --data, held out; for tiny/ its val.json)")
+    add("--val-data", help=f"validation data (default: {HELD_OUT:.0%}% of --data, held out; for tiny/ its val.json)")
     add("--out", help="run folder (default: the first free of runs/NAME, runs/NAME-2, ...)")
     add("--method", choices=METHODS, default="owlore", help="default: %(default)s")
     add("--sampling", choices=("outlier", "uniform", "reverse", "increasing", "decreasing"), help="how layers are drawn (default: owlore outlier, lisa uniform)")  # fmt: skip
@@ -83,7 +108,7 @@ def flag_parser() -> Parser:
     add("--svd", choices=("randomized", "exact"), default="randomized", help="default: %(default)s")
     add("--threshold", type=float, help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")  # fmt: skip
     add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: full, lora frozen)")  # fmt: skip
-    add("--lr", type=float, help="peak learning rate (default: 3e-4 * sqrt(4096 / dim), which is 3e-4 for a 7B)")
+    add("--lr", type=float, help="peak learning rate (default: 3e-4 * (4096 / dim)^0.75, which is 3e-4 for a 7B)")
     add("--weight-decay", type=float, default=0.0, help="default: %(default)s")
     add("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="rows in an optimizer step (default: %(default)s)")
@@ -163,10 +188,12 @@ def fit_to_model(args: argparse.Namespace, model: Transformer, tokenizer: Tokeni
     args.rank = max(1, config.dim // (128 if args.method == "lora" else 16)) if args.rank is None else args.rank
     args.lora_alpha = 2.0 * args.rank if args.lora_alpha is None else args.lora_alpha
     args.threshold = default_threshold(config.dim) if args.threshold is None else args.threshold
-    args.lr = 3e-4 * math.sqrt(4096 / config.dim) if args.lr is None else args.lr
+    args.lr = 3e-4 * (4096 / config.dim) ** 0.75 if args.lr is None else args.lr
     args.seq_len = min(512, config.max_seq_len) if args.seq_len is None else args.seq_len
     if args.active > config.n_layers:
-        raise InputError(f"--active {args.active}: the model has {config.n_layers} layers; use {config.n_layers} or fewer")
+        raise InputError(
+            f"--active {args.active}: the model has {config.n_layers} layers; use {config.n_layers} or fewer"
+        )
     if args.seq_len > config.max_seq_len:
         raise InputError(f"--seq-len {args.seq_len}: the model's context is {config.max_seq_len}; use that or less")
     if tokenizer.vocab_size > config.vocab_size:
@@ -196,11 +223,30 @@ def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAd
         parameter.requires_grad_(kind != "frozen")
         groups[kind]["params"].append(parameter)
     del groups["frozen"]
-    return ProjectedAdam([group for group in groups.values() if group["params"]], args.lr, weight_decay=args.weight_decay, svd=args.svd)
+    return ProjectedAdam(
+        [group for group in groups.values() if group["params"]], args.lr, weight_decay=args.weight_decay, svd=args.svd
+    )
+
+
+def read_batch(data: Dataset, args: argparse.Namespace, step: int, pin: bool) -> list[tuple[Tensor, Tensor, float]]:
+    """The micro-batches of a step: tokens, targets (int [B, T]) and the share of the step's targets that they hold. pin:
+    in memory from which a GPU copies by itself."""
+    # The order of an epoch is a function of seed and epoch alone, so a resumed run reads what it would have read.
+    epoch, position = divmod(step, math.ceil(len(data.rows) / args.batch_size))
+    order = np.random.default_rng([args.seed, epoch]).permutation(len(data.rows))
+    index = order[position * args.batch_size : (position + 1) * args.batch_size]
+    batches = [data.batch(index[n : n + args.micro_batch_size]) for n in range(0, len(index), args.micro_batch_size)]
+    counts = [(targets != -100).sum().item() for _, targets in batches]
+    if pin:
+        batches = [(tokens.pin_memory(), targets.pin_memory()) for tokens, targets in batches]
+    return [(tokens, targets, count / max(sum(counts), 1)) for (tokens, targets), count in zip(batches, counts)]
 
 
 def accumulate_gradients(
-    model: Transformer, optimizer: ProjectedAdam, micro_batches: list[tuple[Tensor, Tensor, float]], max_grad_norm: float
+    model: Transformer,
+    optimizer: ProjectedAdam,
+    micro_batches: list[tuple[Tensor, Tensor, float]],
+    max_grad_norm: float,
 ) -> tuple[Tensor, Tensor]:
     """What an optimizer step needs. micro_batches: tokens, targets (int [B, T]) and this part's share of all targets, so
     that the parts add up to the mean over the whole batch. Returns the loss and the gradients' norm before clipping."""
@@ -368,7 +414,9 @@ def load_state(out: Path) -> dict | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no one error for a damaged file
-        raise InputError(f"{path}: damaged ({type(error).__name__}); the checkpoint beside it is still usable") from None
+        raise InputError(
+            f"{path}: damaged ({type(error).__name__}); the checkpoint beside it is still usable"
+        ) from None
 
 
 def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, state: dict) -> None:
@@ -499,14 +547,18 @@ def main() -> None:
         flags = saved_flags(out)
         for flag, value in given.items():
             if flag not in ("resume", "out") and value != flags[flag]:
-                raise InputError(f"--{flag.replace('_', '-')} {value}: the run in {out} has {flags[flag]}; leave the flag out")
+                raise InputError(
+                    f"--{flag.replace('_', '-')} {value}: the run in {out} has {flags[flag]}; leave the flag out"
+                )
         args = argparse.Namespace(**flags | {"out": args.out})
     elif args.resume and not given.keys() & {"ckpt", "data"}:
         raise InputError(f"--resume: no run to continue in --out {args.out}; name its folder")
     elif args.resume:
         fill_defaults(args)  # killed before it began: begin
     if not resumed and not args.eval_only and holds_files(out):
-        raise InputError(f"--out {out}: holds files already; choose another folder, or add --resume to continue its run")
+        raise InputError(
+            f"--out {out}: holds files already; choose another folder, or add --resume to continue its run"
+        )
     state = load_state(out) if resumed else None
     # A checkpoint's state and model are in one folder, whatever the links said when the run was killed. What lora saved
     # is merged: it goes on from the weights it began with.
@@ -547,7 +599,7 @@ def main() -> None:
         print(f"{args.ckpt} on {args.val_data or 'the held-out part of ' + args.data}: {describe(evaluate())}")
         return
 
-    data = build_dataset(train_records, tokenizer, args.seq_len)
+    data = load_dataset(train_records, tokenizer, args.seq_len)
     for name, dataset in ((args.data, data), (args.val_data or "held-out part", val)):
         if dataset.truncated:
             print(f"{name}: {dataset.truncated} of {len(dataset.rows)} records are longer than --seq-len {args.seq_len}: "
@@ -606,7 +658,9 @@ def main() -> None:
     print(memory_report(parts))
     print(f"disk: about {size / 2**30:.2f} GiB for a checkpoint, {args.keep + 1} of them while saving; "
           f"{shutil.disk_usage(out).free / 2**30:.1f} GiB are free")  # fmt: skip
-    print(f"{args.method}: {args.ckpt} on {args.data} ({len(data.rows)} rows), {steps} steps on {device} in {args.dtype}")
+    print(
+        f"{args.method}: {args.ckpt} on {args.data} ({len(data.rows)} rows), {steps} steps on {device} in {args.dtype}"
+    )
     if state:
         before, after = state["before"], state["after"]
     else:
@@ -622,6 +676,8 @@ def main() -> None:
         tqdm.write("stopping after this step, to save; once more to stop at once")
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    reader = ThreadPoolExecutor(1)
+    batches = reader.submit(read_batch, data, args, step, device.startswith("cuda"))
     bar = tqdm(total=steps, initial=step, desc="training", dynamic_ncols=True)
     while step < steps and not signals:
         began = time.perf_counter()
@@ -629,16 +685,11 @@ def main() -> None:
             sampler.resample()
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / steps)  # linear to zero
-        # The order of an epoch is a function of seed and epoch alone, so a resumed run reads what it would have read.
-        epoch, position = divmod(step, steps_per_epoch)
-        order = np.random.default_rng([args.seed, epoch]).permutation(len(data.rows))
-        index = order[position * args.batch_size : (position + 1) * args.batch_size]
-        batches = [data.batch(index[n : n + args.micro_batch_size]) for n in range(0, len(index), args.micro_batch_size)]
-        counts = [(targets != -100).sum().item() for _, targets in batches]
         micro_batches = [
-            (tokens.to(device), targets.to(device), count / max(sum(counts), 1))
-            for (tokens, targets), count in zip(batches, counts)
+            (tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True), share)
+            for tokens, targets, share in batches.result()
         ]
+        batches = reader.submit(read_batch, data, args, step + 1, device.startswith("cuda"))  # while this step computes
         try:
             loss, norm = accumulate_gradients(model, optimizer, micro_batches, args.max_grad_norm)
             good = bool(torch.isfinite(loss + norm))
@@ -654,7 +705,7 @@ def main() -> None:
             "lr": optimizer.param_groups[0]["lr"],
             "grad_norm": norm.item(),
             "active": sampler.drawn if sampler else list(range(len(model.layers))),
-            "tokens_per_second": sum(tokens.numel() for tokens, _ in batches) / (time.perf_counter() - began),
+            "tokens_per_second": sum(tokens.numel() for tokens, *_ in micro_batches) / (time.perf_counter() - began),
             "memory": peak_memory(device),
             "skipped": skipped,
         }
@@ -684,7 +735,9 @@ def main() -> None:
         sys.exit(128 + signals[0])
 
     if outliers is not None:
-        print(f"\nLayers by their share of outliers (above {args.threshold:g} times the mean), and how likely each is drawn:")
+        print(
+            f"\nLayers by their share of outliers (above {args.threshold:g} times the mean), and how likely each is drawn:"
+        )
         shares = {
             "outliers %": [f"{100 * share:.4f}" for share in outliers.tolist()],
             "p": [f"{probability:.4f}" for probability in probabilities.tolist()],

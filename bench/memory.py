@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from data import Parser, atomic_write, run_command  # noqa: E402
-from model import ModelConfig, Transformer, checkpoint_layout, read_hf, read_meta  # noqa: E402
+from model import ModelConfig, Transformer, add_lora, checkpoint_layout, read_hf, read_meta  # noqa: E402
 from owlore import LayerSampler  # noqa: E402
 
 MODELS = {
@@ -81,16 +81,19 @@ def run_steps(config: ModelConfig, args: argparse.Namespace, draws: list[list[in
     """Two training steps with each draw's layers, with random weights and tokens. Returns the bytes of the weights and of
     the optimizer's state at the end."""
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     with torch.device(device):
         model = Transformer(config)
         tokens = torch.ones(args.batch_size, args.seq_len, dtype=torch.int64)
     torch.set_default_dtype(torch.float32)
-    model.checkpoint_blocks = True
+    model.checkpoint_blocks = args.checkpoint_blocks
+    if args.method == "lora":
+        add_lora(model, args.rank, args.lora_alpha)
     optimizer = train.build_optimizer(model, args)
     sampler = LayerSampler(model.layers, torch.ones(config.n_layers), args.active)
-    for drawn in draws if train.METHODS[args.method].sampling else [list(range(config.n_layers))]:
-        sampler.activate(drawn)
+    for drawn in draws if train.METHODS[args.method].sampling else [None]:
+        if drawn is not None:  # all layers are trained, or none but lora's additions
+            sampler.activate(drawn)
         for _ in range(2):
             train.accumulate_gradients(model, optimizer, [(tokens, tokens, 1.0)], max_grad_norm=1.0)
             optimizer.step()
@@ -124,7 +127,9 @@ def parse_shape(name: str) -> ModelConfig:
 def describe(name: str, args: argparse.Namespace, result: dict) -> str:
     """A row of the table."""
     cells = [name, args.method, args.embeddings, f"{args.batch_size} x {args.seq_len}"]
-    cells += [f"{result[key] / GIB:.2f}" if result[key] else "" for key in ("weights", "state", "predicted", "measured")]
+    cells += [
+        f"{result[key] / GIB:.2f}" if result[key] else "" for key in ("weights", "state", "predicted", "measured")
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -143,23 +148,28 @@ TABLE = [  # model, method, embeddings, batch, length
 
 def settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
     """The published recipe, where flags do not say otherwise."""
-    args = argparse.Namespace(**vars(args), update_gap=100, scale=1.0, lr=3e-4, weight_decay=0.0, svd="randomized")
+    args = argparse.Namespace(**vars(args), update_gap=100, scale=1.0, lr=3e-4, weight_decay=0.0, svd="randomized",
+                              dtype="bf16", checkpoint_blocks=True)  # fmt: skip
     share = train.METHODS[args.method].active / 32
     args.active = args.active or -int(-share * config.n_layers // 1)
-    args.rank = args.rank or max(1, config.dim // 16)
+    args.rank = args.rank or max(1, config.dim // (128 if args.method == "lora" else 16))
+    args.lora_alpha = 2.0 * args.rank
+    args.embeddings = args.embeddings or ("frozen" if args.method == "lora" else "full")
     return args
 
 
 def main() -> None:
     """Print one configuration's memory, or write the whole table."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama2-7b", help=f"{', '.join(MODELS)} or a checkpoint folder (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="llama2-7b", help=f"{', '.join(MODELS)} or a checkpoint folder (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=1, help="rows at once (default: %(default)s)")
     parser.add_argument("--seq-len", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--method", choices=train.METHODS, default="owlore", help="default: %(default)s")
-    parser.add_argument("--embeddings", choices=("full", "projected", "frozen"), default="full", help="default: %(default)s")
+    parser.add_argument("--embeddings", choices=("full", "projected", "frozen"), help="default: as train.py's")
     parser.add_argument("--active", type=int, help="default: as train.py's")
-    parser.add_argument("--rank", type=int, help="default: dim / 16")
+    parser.add_argument("--rank", type=int, help="default: as train.py's")
     parser.add_argument("--table", action="store_true", help="write bench/results/memory.md")
     args = parser.parse_args()
     print(HEADER, flush=True)
@@ -170,7 +180,9 @@ def main() -> None:
         return
     lines = []
     for name, method, embeddings, batch, length in TABLE:
-        row = argparse.Namespace(method=method, embeddings=embeddings, batch_size=batch, seq_len=length, active=None, rank=None)
+        row = argparse.Namespace(
+            method=method, embeddings=embeddings, batch_size=batch, seq_len=length, active=None, rank=None
+        )
         row = settings(row, MODELS[name])
         lines.append(describe(name, row, measure(MODELS[name], row)))
         print(lines[-1], flush=True)

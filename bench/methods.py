@@ -1,0 +1,477 @@
+"""Which method, and which of its settings, is best: runs of train.py on one checkpoint, data and token budget.
+
+    methods     full fine-tuning, GaLore, LoRA, LISA and OwLore, also at equal active layers and at equal memory
+    sampling    OwLore with each way to draw layers, and with a floor under the probabilities
+    moments     what becomes of Adam's moments when the basis changes: kept, reset, or the first one rotated into it
+    layers      active layers x rank, at equal tokens, equal time and equal memory, also as a picture
+    recipe      the published recipe, with one setting changed at a time
+
+Every row of a table has its own learning rate: the best on seed 0 out of --lrs, a grid that is extended as long as the
+best is at its end. All seeds then run at that one. A finished run is kept in runs/methods-cache.jsonl, under its flags
+and a checksum of code, checkpoint and data: a study that was interrupted goes on where it was.
+
+    python bench/methods.py methods sampling --ckpt tiny --data tiny/train.json --val-data tiny/val.json --steps 90 --seq-len 72
+"""
+
+import argparse
+import contextlib
+import datetime
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from data import InputError, Parser, atomic_write, load_tokenizer, run_command  # noqa: E402
+from memory import measure, parse_shape  # noqa: E402
+from owlore import ProjectedAdam, sampling_probabilities  # noqa: E402
+
+CACHE = ROOT / "runs" / "methods-cache.jsonl"
+RESULTS = ROOT / "bench" / "results"
+MIB = 2**20
+
+
+# What a run may do otherwise than train.py
+
+rotate = ProjectedAdam._refresh
+
+
+def keep(self: ProjectedAdam, state: dict, G: Tensor, group: dict) -> None:
+    """As in the published code: the moments stay, though the first one's coordinates are those of the basis before."""
+    moment = {key: state[key] for key in ("exp_avg",) if key in state}
+    rotate(self, state, G, group)
+    state.update(moment)
+
+
+def reset(self: ProjectedAdam, state: dict, G: Tensor, group: dict) -> None:
+    """Both moments begin anew, and with them the steps that Adam's bias correction counts."""
+    rotate(self, state, G, group)
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        state.pop(key, None)
+
+
+FLOOR = 0.5  # of the uniform probability: no layer's falls below
+
+
+def floored(outliers: Tensor, mode: str) -> Tensor:
+    """The mode's probabilities, mixed with uniform ones."""
+    return (1 - FLOOR) * sampling_probabilities(outliers, mode) + FLOOR / len(outliers)
+
+
+CHANGES = {
+    "": contextlib.nullcontext(),
+    "keep": patch.object(ProjectedAdam, "_refresh", keep),
+    "reset": patch.object(ProjectedAdam, "_refresh", reset),
+    "floor": patch.object(train, "sampling_probabilities", floored),
+}
+
+
+# Runs
+
+
+class TimedMetrics(train.Metrics):
+    """metrics.jsonl with the time at which each object was logged, in seconds."""
+
+    def log(self, **values) -> None:
+        """Append one object."""
+        super().log(**values, at=time.perf_counter())
+
+
+def checksum(args: argparse.Namespace) -> int:
+    """Of all that a run's result depends on beside its flags: the code, the checkpoint and the data."""
+    files = [ROOT / name for name in ("owlore.py", "train.py", "model.py", "data.py")]
+    files += sorted(path for path in Path(args.ckpt).iterdir() if path.is_file())
+    files += [Path(path) for path in (args.data, args.val_data) if path]
+    total = 0
+    for path in files:
+        total = zlib.crc32(path.read_bytes(), total)
+    return total
+
+
+def cached(key: dict, compute: Callable[[], dict]) -> dict:
+    """The cache's value of a key, computed and added where there is none. The file is read each time: several studies may
+    run at once."""
+    for line in CACHE.read_text().splitlines() if CACHE.exists() else []:
+        entry = json.loads(line)
+        if entry["key"] == key:
+            return entry["value"]
+    value = compute()
+    CACHE.parent.mkdir(exist_ok=True)
+    with open(CACHE, "a") as file:
+        file.write(json.dumps({"key": key, "value": value}) + "\n")
+    return value
+
+
+def command_line(args: argparse.Namespace, flags: dict) -> list[str]:
+    """train.py's arguments: the flags, and those that all runs share."""
+    shared = {name: getattr(args, name) for name in ("ckpt", "data", "val_data", "steps", "batch_size", "seq_len")}
+    flags = {"device": "cpu", **shared, **flags}
+    flags["eval_every"] = flags["steps"]  # an evaluation on the way would only cost time
+    given = {flag: value for flag, value in flags.items() if value is not None}
+    return [text for flag, value in given.items() for text in (f"--{flag.replace('_', '-')}", str(value))]
+
+
+def fill(args: argparse.Namespace, flags: dict) -> argparse.Namespace:
+    """All flags of a run, train.py's defaults among them."""
+    filled = train.flag_parser().parse_args(command_line(args, {**flags, "out": "-"}))
+    train.fill_defaults(filled)
+    train.fit_to_model(filled, SimpleNamespace(config=args.config), args.tokenizer)
+    return filled
+
+
+def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
+    """One run of train.py. Returns the validation "loss" and "accuracy" (None without choices), each before and after it,
+    and the "seconds" of its training steps. The loss of a run that diverged is infinite."""
+
+    def compute() -> dict:
+        with contextlib.ExitStack() as stack:
+            out = stack.enter_context(tempfile.TemporaryDirectory())
+            argv = ["train.py", *command_line(args, {**flags, "out": out})]
+            stack.enter_context(patch.object(sys, "argv", argv))
+            stack.enter_context(patch.object(train, "Metrics", TimedMetrics))
+            stack.enter_context(CHANGES[change])
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            try:
+                train.main()
+                diverged = False
+            except InputError as error:
+                diverged = "not finite" in str(error)
+                if not diverged:
+                    raise
+            rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+        before, after = rows[0], {"val_loss": math.nan} if diverged else rows[-1]
+        return {
+            "loss": [before["val_loss"], math.inf if math.isnan(after["val_loss"]) else after["val_loss"]],
+            "accuracy": [before.get("val_accuracy"), after.get("val_accuracy")],
+            # A step is logged when it ends, and begins when what came before it was logged.
+            "seconds": sum(b["at"] - a["at"] for a, b in itertools.pairwise(rows) if "loss" in b),
+        }
+
+    result = cached({"flags": vars(fill(args, flags)), "change": change, "files": args.files}, compute)
+    print(f"    lr {flags['lr']:g}, seed {flags['seed']}: loss {result['loss'][1]:.4f}, {result['seconds']:.1f} s", flush=True)
+    return result
+
+
+def memory(args: argparse.Namespace, flags: dict) -> dict:
+    """Bytes of a training step as bench/memory.py counts them: "weights", optimizer "state" and, "predicted", the peak.
+    Blocks are recomputed, as on a card that is too small for their activations."""
+    filled = argparse.Namespace(**vars(fill(args, flags)), checkpoint_blocks=True)
+    return cached({"memory": vars(filled), "files": args.files}, lambda: measure(args.config, filled))
+
+
+class Row(NamedTuple):
+    """What a table says of some flags: a run for each seed, at the best of the learning rates tried."""
+
+    name: str
+    flags: dict
+    tried: list[float]
+    runs: list[dict]
+    memory: dict
+
+    def values(self, key: str, when: int = 1) -> Tensor:
+        """The runs' "loss" or "accuracy" before (0) or after (1) them, or their "seconds": fp64 [seeds]."""
+        values = [run[key] if key == "seconds" else run[key][when] for run in self.runs]
+        return torch.tensor(values, dtype=torch.float64)
+
+
+def run_seeds(args: argparse.Namespace, flags: dict, change: str = "") -> list[dict]:
+    """A run for each seed."""
+    return [run(args, {**flags, "seed": seed}, change) for seed in range(args.seeds)]
+
+
+def search(args: argparse.Namespace, name: str, flags: dict, change: str = "") -> Row:
+    """Find the best learning rate on seed 0, and run all seeds at it."""
+    print(name, flush=True)
+    grid, losses = sorted(args.lrs), {}
+    while True:
+        for lr in grid:
+            if lr not in losses:
+                losses[lr] = run(args, {**flags, "lr": lr, "seed": 0}, change)["loss"][1]
+        best = min(grid, key=losses.get)
+        if best not in (grid[0], grid[-1]):
+            break
+        beside = grid[1] if best == grid[0] else grid[-2]
+        grid = sorted([*grid, float(f"{best * best / beside:.2g}")])
+    return Row(name, {**flags, "lr": best}, grid, run_seeds(args, {**flags, "lr": best}, change), memory(args, flags))
+
+
+# Tables
+
+
+def spread(values: Tensor, form: str) -> str:
+    """Mean and standard deviation over the seeds."""
+    return f"{values.mean():{form}} ± {values.std():{form.lstrip('+')}}"
+
+
+def cells(args: argparse.Namespace, row: Row, reference: Row) -> dict[str, str]:
+    """A row, by column; the reference is what its losses are compared with, seed by seed."""
+    filled, method = fill(args, row.flags), train.METHODS[row.flags["method"]]
+    low_rank = method.projection or filled.method == "lora"
+    return {
+        "": row.name,
+        "active": f"{filled.active} of {args.config.n_layers}" if method.sampling else "all",
+        "interval": str(filled.interval) if method.sampling else "",
+        "rank": str(filled.rank) if low_rank and filled.rank else "",
+        "lr (tried)": f"{filled.lr:g} ({row.tried[0]:g} to {row.tried[-1]:g})",
+        "loss": spread(row.values("loss"), ".4f"),
+        f"minus that of {reference.name}": "" if row is reference else spread(row.values("loss") - reference.values("loss"), "+.4f"),
+        "accuracy, %": spread(100 * row.values("accuracy"), ".1f") if row.runs[0]["accuracy"][1] is not None else "",
+        "peak, MiB": f"{row.memory['predicted'] / MIB:.2f}",
+        "optimizer state, MiB": f"{row.memory['state'] / MIB:.2f}",
+        "time, s": spread(row.values("seconds"), ".1f"),
+    }
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Rows by column as Markdown, without the columns that are empty."""
+    columns = [column for column in rows[-1] if any(row.get(column) for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def compare(args: argparse.Namespace, rows: list[Row], reference: str) -> str:
+    """A table of rows, one of whose names is the reference's, below the model as it was."""
+    base = next(row for row in rows if row.name == reference)
+    before = {"": "before fine-tuning", "loss": spread(base.values("loss", 0), ".4f")}
+    if base.runs[0]["accuracy"][0] is not None:
+        before["accuracy, %"] = spread(100 * base.values("accuracy", 0), ".1f")
+    return table([before, *(cells(args, row, base) for row in rows)])
+
+
+# Studies: each returns its section's text
+
+
+def published(args: argparse.Namespace) -> dict:
+    """OwLore's published recipe at the checkpoint's size, whatever train.py's defaults are."""
+    active, rank = math.ceil(args.config.n_layers * 5 / 32), max(1, args.config.dim // 16)
+    return {"method": "owlore", "active": active, "interval": 50, "rank": rank, "update_gap": 100, "embeddings": "full"}
+
+
+def methods(args: argparse.Namespace) -> str:
+    """The methods against each other."""
+    owlore = {"method": "owlore"}
+    flags = {method: {"method": method} for method in ("full", "galore", "lora", "lisa", "owlore")}
+    flags["lisa, owlore's active layers"] = {"method": "lisa", "active": fill(args, owlore).active}
+    flags["owlore without projection"] = owlore | {"rank": 0}
+    limit = memory(args, flags["lisa"])["predicted"]
+    peaks = {n: memory(args, owlore | {"active": n})["predicted"] for n in range(1, args.config.n_layers + 1)}
+    fitting = [n for n in peaks if peaks[n] <= limit]
+    if fitting:
+        flags["owlore, lisa's memory"] = owlore | {"active": max(fitting, key=peaks.get)}
+    if fill(args, owlore) != fill(args, published(args)):
+        flags["owlore, published recipe"] = published(args)
+    rows = [search(args, name, row) for name, row in flags.items()]
+    listed = ", ".join(f"{n}: {peak / MIB:.2f}" for n, peak in peaks.items())
+    return f"""train.py's defaults, but for what a row names. LISA's memory is a peak of {limit / MIB:.2f} MiB, under which \
+{"as many active layers were chosen as come nearest to it" if fitting else "no number of active layers comes"};
+OwLore's peaks by active layers, in MiB: {listed}.
+
+{compare(args, rows, "owlore")}"""
+
+
+def sampling(args: argparse.Namespace) -> str:
+    """OwLore with each way to draw layers."""
+    interval = max(1, args.steps // 20)
+    modes = {mode: (mode, "") for mode in ("outlier", "uniform", "reverse", "increasing", "decreasing")}
+    modes["outlier, floored"] = ("outlier", "floor")
+    rows = [
+        search(args, name, {"method": "owlore", "interval": interval, "sampling": mode}, change)
+        for name, (mode, change) in modes.items()
+    ]
+    return f"""OwLore, layers redrawn every {interval} steps, {math.ceil(args.steps / interval)} times in all: at the published interval of 50
+a run as short as this would draw them too rarely for the mode to matter. Floored: no layer's probability is below {FLOOR:g} / L.
+
+{compare(args, rows, "outlier")}"""
+
+
+def moments(args: argparse.Namespace) -> str:
+    """What becomes of Adam's moments when the basis changes."""
+    gap, interval = max(1, args.steps // 18), max(1, args.steps // 3)
+    tables = []
+    for method, redrawn in (("galore", {}), ("owlore", {"interval": interval})):
+        flags = {"method": method, "update_gap": gap, **redrawn}
+        rows = [search(args, f"{method}, {change or 'rotate'}", flags, change) for change in ("", "keep", "reset")]
+        tables.append(compare(args, rows, f"{method}, rotate"))
+    return f"""A new basis every {gap} steps of a matrix, {(args.steps - 1) // gap} times in a run of GaLore; OwLore's layers are redrawn \
+every {interval} steps, and a layer
+that was not active before begins with no moments. Rotate: the first moment is turned into the new basis, the second stays
+(owlore.py as it is); keep: both stay as they are (the published code); reset: both begin anew.
+
+{(chr(10) * 2).join(tables)}"""
+
+
+def recipe(args: argparse.Namespace) -> str:
+    """The published recipe, with one setting changed at a time."""
+    base = published(args)
+    changes = {
+        "interval": (3, 10, 25),
+        "active": (min(2 * base["active"], args.config.n_layers), args.config.n_layers),
+        "rank": (4 * base["rank"], 0),
+        "update_gap": (10,),
+        "embeddings": ("projected", "frozen"),
+    }
+    rows = [search(args, "published", base)]
+    for flag, values in changes.items():
+        for value in dict.fromkeys(values):
+            rows.append(search(args, f"--{flag.replace('_', '-')} {value}", base | {flag: value}))
+    return f"""OwLore's published recipe ({", ".join(f"{flag} {value}" for flag, value in base.items() if flag != "method")}),
+and with one setting of it changed at a time.
+
+{compare(args, rows, "published")}"""
+
+
+def layers(args: argparse.Namespace) -> str:
+    """Active layers x rank. At equal time a run has as many steps as the published recipe's seconds allow it."""
+    base, L = published(args), args.config.n_layers
+    reference = search(args, "published", base)
+    budget = reference.values("seconds").mean()
+    rows: dict[int, list[Row]] = {base["rank"]: [], 4 * base["rank"]: [], 0: []}  # by rank
+    lines, timed = [], {}
+    for rank in rows:
+        for active in sorted({*(2**n for n in range(L.bit_length()) if 2**n < L), L}):
+            row = search(args, f"active {active}, {f'rank {rank}' if rank else 'no projection'}", base | {"active": active, "rank": rank})
+            steps = max(1, round(args.steps * (budget / row.values("seconds").mean()).item()))
+            timed[row.name] = row._replace(runs=run_seeds(args, row.flags | {"steps": steps}))
+            rows[rank].append(row)
+            lines.append(cells(args, row, reference) | {
+                "steps in equal time": str(steps), "loss then": spread(timed[row.name].values("loss"), ".4f"),
+            })  # fmt: skip
+    every = [row for group in rows.values() for row in group]
+    affordable = [row for row in every if row.memory["predicted"] <= reference.memory["predicted"]]
+    best = {
+        "at equal tokens": min(every, key=lambda row: row.values("loss").mean()),
+        "at equal time": min(timed.values(), key=lambda row: row.values("loss").mean()),
+        "at equal tokens in no more memory than the published recipe's": min(affordable, key=lambda row: row.values("loss").mean()),
+    }
+    listed = "\n".join(f"- {where}: {row.name}, {spread(row.values('loss'), '.4f')}" for where, row in best.items())
+    return f"""OwLore's published recipe with other numbers of active layers and ranks. Equal time is the published recipe's \
+{budget:.1f} s: each row
+runs again with as many steps as it makes in them.
+
+{table([cells(args, reference, reference), *lines])}
+
+The lowest mean loss (the least of {len(every)} is in part luck: compare it with the spread):
+
+{listed}{chart(args, rows, timed)}"""
+
+
+def chart(args: argparse.Namespace, rows: dict[int, list[Row]], timed: dict[str, Row]) -> str:
+    """Draw the layers study, a line for each rank; the picture's place in the text, none without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no picture: pip install matplotlib")
+        return ""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
+    for rank, group in rows.items():
+        active = [fill(args, row.flags).active for row in group]
+        peaks = [row.memory["predicted"] / MIB for row in group]
+        again = [timed[row.name] for row in group]
+        for axis, x, y in zip(axes, (active, active, peaks), (group, again, group)):
+            losses = [row.values("loss") for row in y]
+            axis.errorbar(x, [loss.mean() for loss in losses], [loss.std() for loss in losses], marker="o", capsize=3,
+                          label=f"rank {rank}" if rank else "no projection")  # fmt: skip
+        for n, peak, row in zip(active, peaks, group):
+            axes[2].annotate(str(n), (peak, row.values("loss").mean()), textcoords="offset points", xytext=(4, 4))
+    axes[0].set(title="equal tokens", xlabel="active layers", ylabel="validation loss")
+    axes[1].set(title="equal time", xlabel="active layers")
+    axes[2].set(title="equal tokens (active layers beside the points)", xlabel="peak memory, MiB")
+    axes[0].legend()
+    file = RESULTS / f"methods-{Path(args.ckpt).resolve().name}-layers.png"
+    figure.savefig(file, dpi=120)
+    print(f"saved: {os.path.relpath(file)}")
+    return f"\n\n![final loss over active layers and rank]({file.name})"
+
+
+STUDIES = {study.__name__: study for study in (methods, sampling, moments, layers, recipe)}
+
+
+# The results file
+
+
+def provenance(args: argparse.Namespace) -> str:
+    """How a section was made."""
+    words = [os.path.relpath(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    config = args.config
+    return f"""`python bench/methods.py {shlex.join(words)}`, {datetime.date.today()},
+{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, \
+Python {platform.python_version()}. {config.n_layers} layers of {config.dim} dimensions in fp32;
+{args.steps} steps of {args.batch_size} rows of at most {args.seq_len} tokens, seeds 0 to {args.seeds - 1}, \
+learning rates {", ".join(f"{lr:g}" for lr in sorted(args.lrs))} and what extends them."""
+
+
+TITLE = """# Methods and settings compared on {name}
+
+Runs of train.py on the CPU. Loss and accuracy are those on validation data after the run: mean ± standard deviation over seeds,
+which change the order of the data and the layers drawn. Differences are taken seed by seed; one smaller than its ± shows
+nothing. A row's learning rate is the best one on seed 0 and on that same validation data, found for all rows in the same way.
+Memory is the peak of a training step at full rows, every tensor counted by bench/memory.py with blocks recomputed (which the
+runs, where memory is no matter, do not do); in models as small as this most of it is activations. Time is that of the training
+steps, without scoring, evaluating and saving.
+
+"""
+
+
+def write_section(args: argparse.Namespace, study: str, text: str) -> None:
+    """Put a study's section into the checkpoint's results, in the place of the one it had."""
+    name = Path(args.ckpt).resolve().name
+    out = RESULTS / f"methods-{name}.md"
+    found = re.split(r"^## (.*)\n", out.read_text() if out.exists() else "", flags=re.MULTILINE)[1:]
+    sections = dict(zip(found[::2], found[1::2])) | {study: f"\n{provenance(args)}\n\n{text}"}
+    parts = [f"## {study}\n\n{sections[study].strip()}\n" for study in STUDIES if study in sections]
+    with atomic_write(out) as file:
+        file.write((TITLE.format(name=name) + "\n".join(parts)).encode())
+    print(f"{text}\n\nsaved: {os.path.relpath(out)}", flush=True)
+
+
+def main() -> None:
+    """Run the studies, and write each one's section as soon as it is finished."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
+    add("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
+    add("--data", required=True, help="training data: .txt, .json or .jsonl")
+    add("--val-data", help=f"validation data (default: {train.HELD_OUT:.0%} of --data, held out)")
+    add("--steps", type=int, default=90, help="optimizer steps of a run (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="rows in a step (default: %(default)s)")
+    add("--seq-len", type=int, default=256, help="tokens in a row (default: %(default)s)")
+    add("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
+    add("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates to begin with (default: %(default)s)")
+    args = parser.parse_args()
+    for flag, least in (("steps", 1), ("batch_size", 1), ("seq_len", 1), ("seeds", 2)):
+        if getattr(args, flag) < least:
+            raise InputError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(args, flag)}")
+    if len(set(args.lrs)) < max(2, len(args.lrs)) or not all(0 < lr < math.inf for lr in args.lrs):
+        raise InputError("--lrs: give at least two, all different and above 0")
+    args.config, args.tokenizer, args.files = parse_shape(args.ckpt), load_tokenizer(args.ckpt), checksum(args)
+    RESULTS.mkdir(exist_ok=True)
+    for study in args.studies:
+        write_section(args, study, STUDIES[study](args))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,379 @@
+"""How fast training is: against the published recipe built from transformers and galore-torch, and against the machine.
+
+    steps      both hold the same weights and take turns in one process: tokens per second between refreshes, their ratio,
+               the share of the machine's matmul rate that is reached, and what a draw of new layers costs
+    refresh    projection_basis, randomized beside the exact SVD: its time, and the energy that it captures
+    growth     tokens per second and peak memory over width, depth, length and rank, and what they are spent on
+
+The peer is `LlamaForCausalLM` with gradient checkpointing, layers sampled by toggling `requires_grad`, and `GaLoreAdamW`
+on the matrices of the layers. Weights are random: speed does not depend on them. bench/requirements.txt is for `steps`.
+
+    python bench/speed.py steps                                                       two CPU cores, minutes
+    python bench/speed.py steps --model llama2-7b --batch-size 16 --seq-len 512       a GPU with 80 GB
+    python bench/speed.py refresh
+    python bench/speed.py growth
+"""
+
+import argparse
+import datetime
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from memory import GIB, MODELS, ROOT, LiveStorages, parse_shape  # noqa: E402  (it makes the project importable)
+
+import train  # noqa: E402
+from data import (  # noqa: E402
+    TINY, Dataset, InputError, Parser, atomic_write, build_dataset, load_records, load_tokenizer, run_command,
+)  # fmt: skip
+from model import ModelConfig, Transformer, hf_config, load_model, permute_rotary, to_hf_name  # noqa: E402
+from owlore import LayerSampler, ProjectedAdam, projection_basis  # noqa: E402
+
+SHAPES = MODELS | {"small": ModelConfig(dim=512, n_layers=8, n_heads=8, vocab_size=4096, multiple_of=32)}
+RECIPE = dict(method="owlore", embeddings="full", update_gap=100, scale=1.0, lr=3e-4, weight_decay=0.0, svd="randomized")
+INTERVAL = 50  # steps between two draws, in the published recipe
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # of a loss: bf16 has 8 bits, and the two round differently
+
+
+def clock(device: str) -> float:
+    """Seconds, once the device has done all it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """How long a call takes."""
+    began = clock(device)
+    run()
+    return clock(device) - began
+
+
+def spread(values: list[float], digits: str) -> str:
+    """The median, and the least and the most."""
+    return f"{median(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"
+
+
+def matmul_rate(dtype: torch.dtype, device: str) -> float:
+    """FLOP per second of the fastest of a few large square matmuls: what the machine, as it is now, can give."""
+    rates = []
+    for n in (4096, 8192, 16384) if device.startswith("cuda") else (1024, 2048, 3072):
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        out = a @ b
+        rates += [2 * n**3 / seconds(lambda: torch.mm(a, b, out=out), device) for _ in range(5)]
+    return max(rates)
+
+
+def step_flops(config: ModelConfig, batch: int, length: int, active: int) -> tuple[int, int]:
+    """FLOP of a step's matmuls: those that the method asks for, and what recomputing every block adds. Projections, a few
+    percent more, are not counted."""
+    tokens, width = batch * length, config.n_heads * config.head_dim
+    w2, head = config.dim * config.hidden_dim, config.dim * config.vocab_size
+    block = 2 * config.dim * (width + config.n_kv_heads * config.head_dim) + 3 * w2
+    attention = 2 * tokens * length * width  # q k^T and p v: 2 * tokens * length * width each, half of it masked
+    forward = 2 * tokens * (config.n_layers * block + head) + config.n_layers * attention
+    inputs = forward + config.n_layers * attention  # down to the embedding, which is trained; attention has two inputs
+    weights = 2 * tokens * (active * block + head)
+    # Recomputing stops before w2, whose result no gradient needs.
+    return forward + inputs + weights, config.n_layers * (2 * tokens * (block - w2) + attention)
+
+
+def build_ours(config: ModelConfig, args: argparse.Namespace) -> tuple[Transformer, ProjectedAdam, LayerSampler]:
+    """This project's model with random weights, its optimizer, and a uniform sampler that has drawn."""
+    torch.manual_seed(args.seed)
+    torch.set_default_dtype(args.dtype)
+    with torch.device(args.device):
+        model = Transformer(config)
+    torch.set_default_dtype(torch.float32)
+    model.checkpoint_blocks = not args.keep_activations
+    optimizer = train.build_optimizer(model, args)
+    sampler = LayerSampler(model.layers, torch.ones(config.n_layers), args.active, args.seed)
+    sampler.resample()
+    return model, optimizer, sampler
+
+
+def build_peer(model: Transformer, args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The published recipe, with the weights of `model` and the same layers drawn. Raises InputError where it is missing."""
+    try:
+        from galore_torch import GaLoreAdamW
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise InputError(f"steps: {error.name} is missing: pip install -r bench/requirements.txt") from None
+    with torch.device(args.device):
+        peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(model)), attn_implementation="sdpa")
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if name.endswith(("wq.weight", "wk.weight")):
+            weight = permute_rotary(weight, model.config.head_dim, to_hf=True)
+        weights[to_hf_name(name)] = weight
+    peer.load_state_dict(weights)
+    peer.train()  # blocks are recomputed in this mode only
+    peer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    LayerSampler(peer.model.layers, torch.ones(model.config.n_layers), args.active, args.seed).resample()
+    projected = [w for w in peer.model.layers.parameters() if w.dim() == 2]
+    plain = [w for name, w in peer.named_parameters() if ".layers." not in name or w.dim() == 1]
+    low_rank = dict(rank=args.rank, update_proj_gap=args.update_gap, scale=args.scale, proj_type="std")
+    groups = [{"params": plain}, {"params": projected, **low_rank}]
+    return peer, GaLoreAdamW(groups, lr=args.lr, no_deprecation_warning=True)
+
+
+def steps(args: argparse.Namespace) -> list[str]:
+    """Training steps of this project and of the peer, in alternation."""
+    config, device = args.config, args.device
+    model, optimizer, sampler = build_ours(config, args)
+    peer, peer_optimizer = build_peer(model, args)
+    tokens = torch.randint(config.vocab_size, (args.batch_size, args.seq_len), device=device)
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = -100  # the peer shifts its labels itself, and the last token has none
+
+    def ours() -> None:
+        train.accumulate_gradients(model, optimizer, [(tokens, targets, 1.0)], max_grad_norm=1.0)
+        optimizer.step()
+
+    def peer_gradients() -> None:
+        peer_optimizer.zero_grad()
+        peer(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+
+    def theirs() -> None:
+        peer_gradients()
+        peer_optimizer.step()
+
+    with torch.no_grad():
+        losses = [model(tokens, targets).item(), peer(input_ids=tokens, labels=tokens, use_cache=False).loss.item()]
+    if not abs(losses[0] - losses[1]) <= TOLERANCE[args.dtype] * losses[0]:
+        raise InputError(f"the losses, {losses[0]:.6f} here and {losses[1]:.6f} in the peer, differ: not the same model")
+
+    rate = matmul_rate(args.dtype, device)
+    ours()
+    peer_gradients()  # no step: on a large model its SVDs, which the first one needs, take minutes
+    drawn = sampler.drawn
+    sampler.activate([])
+    optimizer.zero_grad()  # drops the state of all layers: all are new to the next step, as they are to the peer's
+    sampler.activate(drawn)
+    first = [seconds(run, device) for run in (ours, theirs)]
+    times = [], []  # seconds per step of each side, by round
+    for number in tqdm(range(args.rounds), "rounds", leave=False, disable=None):
+        for side, run in sorted(enumerate((ours, theirs)), reverse=number % 2):
+            run()  # warm again, after the other side's turn
+            times[side].append(seconds(lambda: [run() for _ in range(args.steps)], device) / args.steps)
+
+    flops, recomputed = step_flops(config, args.batch_size, args.seq_len, len(drawn))
+    executed = flops + recomputed * (not args.keep_activations), flops + recomputed
+    step = [median(side) for side in times]
+    extra = [max(0.0, a - b) for a, b in zip(first, step)]
+    rows = {
+        "tokens per second between refreshes": [spread([tokens.numel() / t for t in side], ",.0f") for side in times],
+        "seconds per step between refreshes": [spread(side, ".3g") for side in times],
+        "share of the matmul rate, without recomputation": [f"{flops / t / rate:.1%}" for t in step],
+        "share of the matmul rate, with it": [f"{n / t / rate:.1%}" for n, t in zip(executed, step)],
+        f"seconds to refresh {len(drawn)} new layers": [f"{t:.3g}" for t in extra],
+        f"share of a run, all layers new every {INTERVAL} steps": [
+            f"{e / (INTERVAL * t + e):.1%}" for e, t in zip(extra, step)
+        ],
+    }
+    recompute = "by the peer alone" if args.keep_activations else "on both sides"
+    return [
+        f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, {args.batch_size} x "
+        f"{args.seq_len} tokens, {str(args.dtype)[6:]}, {len(drawn)} of {config.n_layers} layers active, rank "
+        f"{args.rank}, blocks recomputed {recompute}, {args.rounds} rounds of {args.steps} steps. Square matmuls reach "
+        f"{rate / 1e12:.3g} TFLOP/s. Loss of the first batch: {losses[0]:.5f} and {losses[1]:.5f}.",
+        "",
+        f"**Ratio of the median tokens per second: {step[1] / step[0]:.2f}**; in a round "
+        f"{spread([b / a for a, b in zip(*times)], '.2f')}.",
+        "",
+        "| median (least to most) | this project | transformers + galore-torch |",
+        "|---|---|---|",
+        *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()),
+    ]
+
+
+def power_law(rows: int, columns: int, exponent: float) -> Tensor:
+    """A random matrix whose singular values fall about as i^-exponent: fp32 [rows, columns]."""
+    k = min(rows, columns)
+    return (torch.randn(rows, k) / rows**0.5 * torch.arange(1, k + 1) ** -exponent) @ torch.randn(k, columns)
+
+
+def text_gradient(model: Transformer, weight: Tensor, rows: int) -> Tensor:
+    """The gradient of one weight, on rows of 256 tokens of the embedded text."""
+    dataset: Dataset = build_dataset(load_records(TINY / "text.txt"), load_tokenizer(TINY), seq_len=256)
+    model.requires_grad_(False)
+    weight.requires_grad_()
+    model(*dataset.batch(slice(0, rows))).backward()
+    return weight.grad
+
+
+def block_gradient(rows: int, columns: int) -> Tensor:
+    """Of w1 in a one-block model as wide, with random weights: fp32 [rows, columns]. Its rank is at most that of the
+    4096 tokens it is made from."""
+    dim, hidden_dim = sorted((rows, columns))
+    config = ModelConfig(dim=dim, n_layers=1, n_heads=1, hidden_dim=hidden_dim, vocab_size=1024)
+    model = Transformer(config)
+    G = text_gradient(model, model.layers[0].feed_forward.w1.weight, 16)
+    return G if G.shape == (rows, columns) else G.T
+
+
+def tiny_gradients() -> Iterator[Tensor]:
+    """Of every matrix in the layers of the embedded model, which is trained."""
+    model = load_model(TINY)
+    for weight in [w for w in model.layers.parameters() if w.dim() == 2]:
+        yield text_gradient(model, weight, 16)
+
+
+def energy_share(G: Tensor, P: Tensor) -> float:
+    """||G P||^2 as a share of what the exact basis captures, the sum of the largest eigenvalues of G^T G. (With G^T for G
+    where that is the taller one.)"""
+    G = (G if G.shape[0] >= G.shape[1] else G.T).double()
+    most = torch.linalg.eigvalsh(G.T @ G)[-P.shape[1] :].sum()
+    return ((G @ P.double()).square().sum() / most).item()
+
+
+def refresh(args: argparse.Namespace) -> list[str]:
+    """Time and energy of the randomized basis beside the exact one."""
+    device, table, exact = args.device, [], None
+    matrices = {
+        "singular values fall as 1 / i": lambda: power_law(*args.shape, 1.0),
+        "singular values fall as 1 / sqrt(i)": lambda: power_law(*args.shape, 0.5),
+        "gradient of w1, random weights, real text": lambda: block_gradient(*args.shape),
+        "Gaussian noise, the worst case": lambda: torch.randn(args.shape),
+    }
+    for name, make in tqdm(matrices.items(), "matrices", leave=False, disable=None):
+        G = make().to(device, args.dtype)
+        P = projection_basis(G, args.rank)
+        times = [seconds(lambda: projection_basis(G, args.rank), device) for _ in range(args.rounds)]
+        if exact is None:  # once: its time hardly depends on the values
+            exact = seconds(lambda: projection_basis(G, args.rank, "exact"), device)
+        cells = [name, spread(times, ".3g"), f"{exact / median(times):.1f}", f"{energy_share(G, P):.5f}"]
+        table.append(f"| {' | '.join(cells)} |")
+    rank = load_model(TINY).config.dim // 16
+    shares = [energy_share(G, projection_basis(G, rank)) for G in tiny_gradients()]
+    return [
+        f"A gradient of {args.shape[0]} x {args.shape[1]}, rank {args.rank}, {str(args.dtype)[6:]}; {args.rounds} runs. The "
+        f"exact SVD takes {exact:.3g} s (one run).",
+        "",
+        "| matrix | randomized, seconds: median (least to most) | times faster than exact | of the exact basis' energy |",
+        "|---|---|---|---|",
+        *table,
+        "",
+        f"The {len(shares)} gradients of the embedded model, which is trained, at rank {rank}: {spread(shares, '.5f')} of "
+        "the exact basis' energy.",
+    ]
+
+
+GROWTH = {"width": (128, 256, 512), "depth": (2, 4, 8), "length": (128, 256, 512), "rank": (8, 16, 32)}  # base: the second
+
+
+def growth(args: argparse.Namespace) -> list[str]:
+    """This project's own steps, over shapes that differ from a base in one number."""
+    base = {name: values[1] for name, values in GROWTH.items()}
+    shapes = [base] + [base | {name: value} for name, values in GROWTH.items() for value in (values[0], values[2])]
+    rate, table = matmul_rate(args.dtype, args.device), []
+    for shape in tqdm(shapes, "shapes", leave=False, disable=None):
+        dim, length = shape["width"], shape["length"]
+        config = ModelConfig(dim=dim, n_layers=shape["depth"], n_heads=dim // 64, vocab_size=4096, multiple_of=32)
+        run = argparse.Namespace(**vars(args) | {"rank": shape["rank"], "active": -(-5 * config.n_layers // 32)})
+        tokens = torch.randint(config.vocab_size, (args.batch_size, length), device=args.device)
+        with LiveStorages() as live:
+            model, optimizer, sampler = build_ours(config, run)
+
+            def gradients() -> None:
+                train.accumulate_gradients(model, optimizer, [(tokens, tokens, 1.0)], max_grad_norm=1.0)
+
+            for _ in range(2):  # draws, two steps each: the second has the moments that the first one made
+                sampler.resample()
+                for _ in range(2):
+                    gradients()
+                    optimizer.step()
+        passes, updates = [], []
+        for _ in range(args.rounds + 1):
+            passes.append(seconds(gradients, args.device))
+            updates.append(seconds(optimizer.step, args.device))
+        passes, update = median(passes[1:]), median(updates[1:])
+        flops, recomputed = step_flops(config, args.batch_size, length, run.active)
+        matmuls = (flops + recomputed * (not args.keep_activations)) / rate
+        weights = sum(p.nbytes for p in model.parameters())
+        state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+        cells = [*map(str, shape.values()), f"{tokens.numel() / (passes + update):,.0f}"]
+        cells += [f"{part / (passes + update):.0%}" for part in (matmuls, passes - matmuls, update)]
+        cells += [f"{live.peak / 2**20:,.0f}"]
+        cells += [f"{part / live.peak:.0%}" for part in (weights, state, live.peak - weights - state)]
+        table.append(f"| {' | '.join(cells)} |")
+    return [
+        f"Batch {args.batch_size}, vocabulary 4096, 5 of every 32 layers active, {str(args.dtype)[6:]}, blocks "
+        f"{'not ' * args.keep_activations}recomputed; medians of {args.rounds} steps between refreshes. Time goes into matmuls (at "
+        f"the {rate / 1e9:,.0f} GFLOP/s of large square ones), what else forward and backward take, and the optimizer's "
+        "step. Memory is the peak of all tensors over two draws; beside weights and optimizer state it is activations "
+        "and gradients.",
+        "",
+        f"| {' | '.join(GROWTH)} | tokens/s | matmuls | other | step | peak, MiB | weights | state | activations |",
+        "|" + "---|" * 12,
+        *table,
+    ]
+
+
+def machine(device: str) -> str:
+    """Processor and versions."""
+    names = ["CPU"]
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        names = [f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"]
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or names
+    parts = [names[0], f"{torch.get_num_threads()} threads", f"Python {platform.python_version()}"]
+    for package in ("torch", "transformers", "galore-torch"):
+        try:
+            parts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            pass
+    return ", ".join(parts)
+
+
+def main() -> None:
+    """Measure, print the table and write it."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", choices=("steps", "refresh", "growth"))
+    add("--model", default="small", help=f"for steps: {', '.join(SHAPES)} or a checkpoint folder (default: %(default)s)")
+    add("--batch-size", type=int, default=4, help="default: %(default)s")
+    add("--seq-len", type=int, default=256, help="for steps (default: %(default)s)")
+    add("--active", type=int, help="for steps: layers trained at a time (default: 5 of every 32)")
+    add("--rank", type=int, help="default: dim / 16; for refresh 256")
+    add("--shape", type=int, nargs=2, default=(4096, 11008), help="for refresh (default: 4096 11008)")
+    add("--keep-activations", action="store_true", help="recompute no blocks here, as train.py where memory allows it")
+    add("--rounds", type=int, default=5, help="times that everything is measured (default: %(default)s)")
+    add("--steps", type=int, default=3, help="for steps: of either side in a round (default: %(default)s)")
+    add("--dtype", choices=("bf16", "fp32"), help="default: bf16 on cuda, fp32 elsewhere")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--out", help="file for the table (default: bench/results/speed-WHAT-DEVICE.md)")
+    args = argparse.Namespace(**RECIPE | vars(parser.parse_args()))
+    cuda = args.device.startswith("cuda")
+    args.dtype = torch.bfloat16 if args.dtype == "bf16" or (args.dtype is None and cuda) else torch.float32
+    args.config = SHAPES[args.model] if args.model in SHAPES else parse_shape(args.model)
+    args.active = args.active or -(-5 * args.config.n_layers // 32)
+    args.rank = args.rank or (256 if args.what == "refresh" else args.config.dim // 16)
+    torch.manual_seed(args.seed)
+    lines = {"steps": steps, "refresh": refresh, "growth": growth}[args.what](args)
+    command = f"python bench/speed.py {' '.join(sys.argv[1:])}"
+    lines = [f"# Speed: {args.what}", "", f"`{command}`, {datetime.date.today()}, {machine(args.device)}.", "", *lines]
+    print("\n".join(lines))
+    name = f"speed-{args.what}-{'cuda' if cuda else 'cpu'}.md"
+    out = Path(args.out) if args.out else ROOT / "bench" / "results" / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out) as file:
+        file.write(("\n".join(lines) + "\n").encode())
+
+
+if __name__ == "__main__":
+    run_command(main)
