@@ -1471,11 +1471,30 @@ def test_embedded_default_learns(monkeypatch, capsys, tmp_path):
 
 
 def test_embedded_default_repeats_bit_for_bit(monkeypatch, capsys, tmp_path):
+    (tmp_path / "val.json").write_text(json.dumps(json.loads((TINY / "val.json").read_text())[:8]))
     for name in "ab":
-        flags = ("--out", tmp_path / name, "--device", "cpu", "--steps", 12, "--interval", 5, "--dtype", "bf16")
-        assert run_cli(monkeypatch, capsys, train.main, *flags)[0] == 0
-    a, b = (load_model(tmp_path / name / "model", dtype=torch.bfloat16).state_dict() for name in "ab")
+        flags = ("--out", tmp_path / name, "--val-data", tmp_path / "val.json", "--device", "cpu", "--steps", 9)
+        assert run_cli(monkeypatch, capsys, train.main, *flags, "--interval", 4)[0] == 0
+    a, b = (load_model(tmp_path / name / "model").state_dict() for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert read_metrics(tmp_path / "a")[-1]["val_loss"] == read_metrics(tmp_path / "b")[-1]["val_loss"]
+
+
+def test_bf16_weights_end_where_fp32_ones_do(monkeypatch, capsys, tmp_path):
+    """At this learning rate most updates are below bf16's resolution: rounding to nearest loses them, and 20 % of the loss."""
+    records = json.loads((TINY / "val.json").read_text())[:40]
+    (tmp_path / "val.json").write_text(json.dumps([{**record, "answer": ""} for record in records]))  # no accuracy
+
+    def final_loss(name: str, dtype: str) -> float:
+        flags = ("--ckpt", TINY, "--data", TINY / "train.json", "--val-data", tmp_path / "val.json", "--device", "cpu")
+        flags += ("--steps", 24, "--interval", 8, "--batch-size", 8, "--eval-every", 24, "--lr", 3e-4, "--dtype", dtype)
+        assert run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / name)[0] == 0
+        return read_metrics(tmp_path / name)[-1]["val_loss"]
+
+    fp32, bf16 = final_loss("fp32", "fp32"), final_loss("bf16", "bf16")
+    monkeypatch.setattr(owlore, "stochastic_round", lambda x: x.to(torch.bfloat16))
+    nearest = final_loss("nearest", "bf16")
+    assert abs(bf16 / fp32 - 1) < 0.01 and abs(nearest / fp32 - 1) > 0.1
 
 
 def test_embedded_files_stay_small():

@@ -11,6 +11,7 @@ the prediction.
 
 import argparse
 import datetime
+import math
 import platform
 import sys
 import weakref
@@ -138,10 +139,10 @@ HEADER = """| model | method | embeddings | batch x length | weights | optimizer
 TABLE = [  # model, method, embeddings, batch, length
     *(("llama2-7b", "owlore", embeddings, 1, 1024) for embeddings in ("full", "projected", "frozen")),
     *(("llama2-7b", "owlore", embeddings, 16, 512) for embeddings in ("full", "projected", "frozen")),
-    *(("llama2-7b", method, "full", 1, 1024) for method in ("lisa", "galore", "full")),
-    *(("llama2-7b", method, "full", 16, 512) for method in ("lisa", "galore", "full")),
+    *(("llama2-7b", method, None, 1, 1024) for method in ("lisa", "galore", "lora", "full")),
+    *(("llama2-7b", method, None, 16, 512) for method in ("lisa", "galore", "lora", "full")),
     *(("llama3-8b", "owlore", embeddings, 1, 1024) for embeddings in ("full", "projected", "frozen")),
-    *(("llama3-8b", method, "full", 1, 1024) for method in ("lisa", "galore", "full")),
+    *(("llama3-8b", method, None, 1, 1024) for method in ("lisa", "galore", "lora", "full")),
     *(("mistral-7b", "owlore", embeddings, 1, 1024) for embeddings in ("full", "projected", "frozen")),
 ]
 
@@ -151,8 +152,8 @@ def settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespac
     args = argparse.Namespace(**vars(args), update_gap=100, scale=1.0, lr=3e-4, weight_decay=0.0, svd="randomized",
                               dtype="bf16", checkpoint_blocks=True)  # fmt: skip
     share = train.METHODS[args.method].active / 32
-    args.active = args.active or -int(-share * config.n_layers // 1)
-    args.rank = args.rank or max(1, config.dim // (128 if args.method == "lora" else 16))
+    args.active = math.ceil(share * config.n_layers) if args.active is None else args.active
+    args.rank = max(1, config.dim // (128 if args.method == "lora" else 16)) if args.rank is None else args.rank
     args.lora_alpha = 2.0 * args.rank
     args.embeddings = args.embeddings or ("frozen" if args.method == "lora" else "full")
     return args

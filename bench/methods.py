@@ -10,7 +10,7 @@ Every row of a table has its own learning rate: the best on seed 0 out of --lrs,
 best is at its end. All seeds then run at that one. A finished run is kept in runs/methods-cache.jsonl, under its flags
 and a checksum of code, checkpoint and data: a study that was interrupted goes on where it was.
 
-    python bench/methods.py methods sampling --ckpt tiny --data tiny/train.json --val-data tiny/val.json --steps 90 --seq-len 72
+    python bench/methods.py methods sampling --ckpt tiny --data tiny/train.json --val-data tiny/val.json --seq-len 72
 """
 
 import argparse
@@ -44,10 +44,8 @@ from data import InputError, Parser, atomic_write, load_tokenizer, run_command  
 from memory import measure, parse_shape  # noqa: E402
 from owlore import ProjectedAdam, sampling_probabilities  # noqa: E402
 
-CACHE = ROOT / "runs" / "methods-cache.jsonl"
-RESULTS = ROOT / "bench" / "results"
+CACHE, RESULTS = ROOT / "runs" / "methods-cache.jsonl", ROOT / "bench" / "results"
 MIB = 2**20
-
 
 # What a run may do otherwise than train.py
 
@@ -83,7 +81,6 @@ CHANGES = {
     "floor": patch.object(train, "sampling_probabilities", floored),
 }
 
-
 # Runs
 
 
@@ -107,8 +104,8 @@ def checksum(args: argparse.Namespace) -> int:
 
 
 def cached(key: dict, compute: Callable[[], dict]) -> dict:
-    """The cache's value of a key, computed and added where there is none. The file is read each time: several studies may
-    run at once."""
+    """The cache's value of a key, computed and added where there is none. The file is read each time: several studies
+    may run at once."""
     for line in CACHE.read_text().splitlines() if CACHE.exists() else []:
         entry = json.loads(line)
         if entry["key"] == key:
@@ -138,8 +135,8 @@ def fill(args: argparse.Namespace, flags: dict) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
-    """One run of train.py. Returns the validation "loss" and "accuracy" (None without choices), each before and after it,
-    and the "seconds" of its training steps. The loss of a run that diverged is infinite."""
+    """One run of train.py. Returns the validation "loss" and "accuracy" (None without choices), each before and after
+    it, and the "seconds" of its training steps. The loss of a run that diverged is infinite."""
 
     def compute() -> dict:
         with contextlib.ExitStack() as stack:
@@ -150,17 +147,17 @@ def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
             stack.enter_context(CHANGES[change])
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            diverged = False
             try:
                 train.main()
-                diverged = False
             except InputError as error:
-                diverged = "not finite" in str(error)
-                if not diverged:
+                if "not finite" not in str(error):
                     raise
+                diverged = True
             rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-        before, after = rows[0], {"val_loss": math.nan} if diverged else rows[-1]
+        before, after = rows[0], rows[-1]
         return {
-            "loss": [before["val_loss"], math.inf if math.isnan(after["val_loss"]) else after["val_loss"]],
+            "loss": [before["val_loss"], math.inf if diverged or math.isnan(after["val_loss"]) else after["val_loss"]],
             "accuracy": [before.get("val_accuracy"), after.get("val_accuracy")],
             # A step is logged when it ends, and begins when what came before it was logged.
             "seconds": sum(b["at"] - a["at"] for a, b in itertools.pairwise(rows) if "loss" in b),
@@ -172,8 +169,8 @@ def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
 
 
 def memory(args: argparse.Namespace, flags: dict) -> dict:
-    """Bytes of a training step as bench/memory.py counts them: "weights", optimizer "state" and, "predicted", the peak.
-    Blocks are recomputed, as on a card that is too small for their activations."""
+    """Bytes of a training step as bench/memory.py counts them: optimizer "state" and, "predicted", the peak. Blocks are
+    recomputed, as on a card that is too small for their activations."""
     filled = argparse.Namespace(**vars(fill(args, flags)), checkpoint_blocks=True)
     return cached({"memory": vars(filled), "files": args.files}, lambda: measure(args.config, filled))
 
@@ -211,30 +208,32 @@ def search(args: argparse.Namespace, name: str, flags: dict, change: str = "") -
             break
         beside = grid[1] if best == grid[0] else grid[-2]
         grid = sorted([*grid, float(f"{best * best / beside:.2g}")])
-    return Row(name, {**flags, "lr": best}, grid, run_seeds(args, {**flags, "lr": best}, change), memory(args, flags))
+    tuned = {**flags, "lr": best}
+    return Row(name, tuned, grid, run_seeds(args, tuned, change), memory(args, flags))
 
 
 # Tables
 
 
-def spread(values: Tensor, form: str) -> str:
+def spread(values: Tensor, form: str = ".4f") -> str:
     """Mean and standard deviation over the seeds."""
     return f"{values.mean():{form}} ± {values.std():{form.lstrip('+')}}"
 
 
 def cells(args: argparse.Namespace, row: Row, reference: Row) -> dict[str, str]:
-    """A row, by column; the reference is what its losses are compared with, seed by seed."""
+    """A row, by column. The reference's losses are what its own are compared with, seed by seed."""
     filled, method = fill(args, row.flags), train.METHODS[row.flags["method"]]
-    low_rank = method.projection or filled.method == "lora"
+    low_rank = filled.rank and (method.projection or filled.method == "lora")
+    difference = row.values("loss") - reference.values("loss")
     return {
         "": row.name,
         "active": f"{filled.active} of {args.config.n_layers}" if method.sampling else "all",
         "interval": str(filled.interval) if method.sampling else "",
-        "rank": str(filled.rank) if low_rank and filled.rank else "",
+        "rank": str(filled.rank) if low_rank else "",
         "lr (tried)": f"{filled.lr:g} ({row.tried[0]:g} to {row.tried[-1]:g})",
-        "loss": spread(row.values("loss"), ".4f"),
-        f"minus that of {reference.name}": "" if row is reference else spread(row.values("loss") - reference.values("loss"), "+.4f"),
-        "accuracy, %": spread(100 * row.values("accuracy"), ".1f") if row.runs[0]["accuracy"][1] is not None else "",
+        "loss": spread(row.values("loss")),
+        f"minus that of {reference.name}": "" if row.name == reference.name else spread(difference, "+.4f"),
+        "accuracy, %": "" if row.runs[0]["accuracy"][1] is None else spread(100 * row.values("accuracy"), ".1f"),
         "peak, MiB": f"{row.memory['predicted'] / MIB:.2f}",
         "optimizer state, MiB": f"{row.memory['state'] / MIB:.2f}",
         "time, s": spread(row.values("seconds"), ".1f"),
@@ -248,13 +247,13 @@ def table(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def compare(args: argparse.Namespace, rows: list[Row], reference: str) -> str:
-    """A table of rows, one of whose names is the reference's, below the model as it was."""
-    base = next(row for row in rows if row.name == reference)
-    before = {"": "before fine-tuning", "loss": spread(base.values("loss", 0), ".4f")}
-    if base.runs[0]["accuracy"][0] is not None:
-        before["accuracy, %"] = spread(100 * base.values("accuracy", 0), ".1f")
-    return table([before, *(cells(args, row, base) for row in rows)])
+def compare(args: argparse.Namespace, rows: list[Row], name: str) -> str:
+    """A table of rows, compared with the one of that name, below the model as it was."""
+    reference = next(row for row in rows if row.name == name)
+    before = {"": "before fine-tuning", "loss": spread(reference.values("loss", 0))}
+    if reference.runs[0]["accuracy"][0] is not None:
+        before["accuracy, %"] = spread(100 * reference.values("accuracy", 0), ".1f")
+    return table([before, *(cells(args, row, reference) for row in rows)])
 
 
 # Studies: each returns its section's text
@@ -263,27 +262,27 @@ def compare(args: argparse.Namespace, rows: list[Row], reference: str) -> str:
 def published(args: argparse.Namespace) -> dict:
     """OwLore's published recipe at the checkpoint's size, whatever train.py's defaults are."""
     active, rank = math.ceil(args.config.n_layers * 5 / 32), max(1, args.config.dim // 16)
-    return {"method": "owlore", "active": active, "interval": 50, "rank": rank, "update_gap": 100, "embeddings": "full"}
+    return {"method": "owlore", "sampling": "outlier", "active": active, "interval": 50, "rank": rank,
+            "update_gap": 100, "embeddings": "full"}  # fmt: skip
 
 
 def methods(args: argparse.Namespace) -> str:
     """The methods against each other."""
-    owlore = {"method": "owlore"}
     flags = {method: {"method": method} for method in ("full", "galore", "lora", "lisa", "owlore")}
-    flags["lisa, owlore's active layers"] = {"method": "lisa", "active": fill(args, owlore).active}
-    flags["owlore without projection"] = owlore | {"rank": 0}
+    flags["lisa, owlore's active layers"] = {"method": "lisa", "active": fill(args, flags["owlore"]).active}
+    flags["owlore without projection"] = {"method": "owlore", "rank": 0}
     limit = memory(args, flags["lisa"])["predicted"]
-    peaks = {n: memory(args, owlore | {"active": n})["predicted"] for n in range(1, args.config.n_layers + 1)}
-    fitting = [n for n in peaks if peaks[n] <= limit]
+    numbers = range(1, args.config.n_layers + 1)
+    peaks = {n: memory(args, {"method": "owlore", "active": n})["predicted"] for n in numbers}
+    fitting = [n for n in numbers if peaks[n] <= limit]
     if fitting:
-        flags["owlore, lisa's memory"] = owlore | {"active": max(fitting, key=peaks.get)}
-    if fill(args, owlore) != fill(args, published(args)):
+        flags["owlore, lisa's memory"] = {"method": "owlore", "active": max(fitting, key=peaks.get)}
+    if fill(args, flags["owlore"]) != fill(args, published(args)):
         flags["owlore, published recipe"] = published(args)
     rows = [search(args, name, row) for name, row in flags.items()]
     listed = ", ".join(f"{n}: {peak / MIB:.2f}" for n, peak in peaks.items())
-    return f"""train.py's defaults, but for what a row names. LISA's memory is a peak of {limit / MIB:.2f} MiB, under which \
-{"as many active layers were chosen as come nearest to it" if fitting else "no number of active layers comes"};
-OwLore's peaks by active layers, in MiB: {listed}.
+    return f"""train.py's defaults, but for what a row names. LISA's peak is {limit / MIB:.2f} MiB; OwLore's, by active layers:
+{listed}{"" if fitting else " (none of them within LISA's)"}.
 
 {compare(args, rows, "owlore")}"""
 
@@ -291,14 +290,14 @@ OwLore's peaks by active layers, in MiB: {listed}.
 def sampling(args: argparse.Namespace) -> str:
     """OwLore with each way to draw layers."""
     interval = max(1, args.steps // 20)
-    modes = {mode: (mode, "") for mode in ("outlier", "uniform", "reverse", "increasing", "decreasing")}
-    modes["outlier, floored"] = ("outlier", "floor")
-    rows = [
-        search(args, name, {"method": "owlore", "interval": interval, "sampling": mode}, change)
-        for name, (mode, change) in modes.items()
-    ]
-    return f"""OwLore, layers redrawn every {interval} steps, {math.ceil(args.steps / interval)} times in all: at the published interval of 50
-a run as short as this would draw them too rarely for the mode to matter. Floored: no layer's probability is below {FLOOR:g} / L.
+    drawn = [(mode, "") for mode in ("outlier", "uniform", "reverse", "increasing", "decreasing")] + [("outlier", "floor")]
+    rows = []
+    for mode, change in drawn:
+        flags = {"method": "owlore", "interval": interval, "sampling": mode}
+        rows.append(search(args, f"{mode}, floored" if change else mode, flags, change))
+    return f"""OwLore, layers redrawn every {interval} steps, {math.ceil(args.steps / interval)} times in all: at the published
+interval of 50 a run as short as this draws them too rarely for the mode to matter. Floored: no layer's probability is below
+{FLOOR:g} / L.
 
 {compare(args, rows, "outlier")}"""
 
@@ -311,71 +310,65 @@ def moments(args: argparse.Namespace) -> str:
         flags = {"method": method, "update_gap": gap, **redrawn}
         rows = [search(args, f"{method}, {change or 'rotate'}", flags, change) for change in ("", "keep", "reset")]
         tables.append(compare(args, rows, f"{method}, rotate"))
-    return f"""A new basis every {gap} steps of a matrix, {(args.steps - 1) // gap} times in a run of GaLore; OwLore's layers are redrawn \
-every {interval} steps, and a layer
-that was not active before begins with no moments. Rotate: the first moment is turned into the new basis, the second stays
-(owlore.py as it is); keep: both stay as they are (the published code); reset: both begin anew.
+    return f"""A new basis every {gap} steps of a matrix, {(args.steps - 1) // gap} times in a run of GaLore. OwLore redraws its
+layers every {interval} steps, and one that was not active before begins without moments. Rotate: the first moment is turned
+into the new basis, the second stays (owlore.py as it is); keep: both stay (the published code); reset: both begin anew.
 
-{(chr(10) * 2).join(tables)}"""
+{tables[0]}
+
+{tables[1]}"""
 
 
 def recipe(args: argparse.Namespace) -> str:
     """The published recipe, with one setting changed at a time."""
-    base = published(args)
-    changes = {
-        "interval": (3, 10, 25),
-        "active": (min(2 * base["active"], args.config.n_layers), args.config.n_layers),
-        "rank": (4 * base["rank"], 0),
-        "update_gap": (10,),
-        "embeddings": ("projected", "frozen"),
-    }
+    base, L = published(args), args.config.n_layers
+    changes = {"interval": (3, 10, 25), "active": (min(2 * base["active"], L), L), "rank": (4 * base["rank"], 0),
+               "update_gap": (10,), "embeddings": ("projected", "frozen")}  # fmt: skip
     rows = [search(args, "published", base)]
     for flag, values in changes.items():
-        for value in dict.fromkeys(values):
-            rows.append(search(args, f"--{flag.replace('_', '-')} {value}", base | {flag: value}))
-    return f"""OwLore's published recipe ({", ".join(f"{flag} {value}" for flag, value in base.items() if flag != "method")}),
-and with one setting of it changed at a time.
+        rows += [search(args, f"{flag} {value}", base | {flag: value}) for value in dict.fromkeys(values)]
+    return f"""OwLore's published recipe ({", ".join(f"{flag} {value}" for flag, value in list(base.items())[1:])}), and with
+one setting of it changed at a time; rank 0 is no projection.
 
 {compare(args, rows, "published")}"""
 
 
 def layers(args: argparse.Namespace) -> str:
-    """Active layers x rank. At equal time a run has as many steps as the published recipe's seconds allow it."""
+    """Active layers x rank. At equal time a run has as many steps as it makes in the published recipe's seconds."""
     base, L = published(args), args.config.n_layers
-    reference = search(args, "published", base)
-    budget = reference.values("seconds").mean()
-    rows: dict[int, list[Row]] = {base["rank"]: [], 4 * base["rank"]: [], 0: []}  # by rank
-    lines, timed = [], {}
-    for rank in rows:
-        for active in sorted({*(2**n for n in range(L.bit_length()) if 2**n < L), L}):
-            row = search(args, f"active {active}, {f'rank {rank}' if rank else 'no projection'}", base | {"active": active, "rank": rank})
-            steps = max(1, round(args.steps * (budget / row.values("seconds").mean()).item()))
-            timed[row.name] = row._replace(runs=run_seeds(args, row.flags | {"steps": steps}))
-            rows[rank].append(row)
-            lines.append(cells(args, row, reference) | {
-                "steps in equal time": str(steps), "loss then": spread(timed[row.name].values("loss"), ".4f"),
-            })  # fmt: skip
-    every = [row for group in rows.values() for row in group]
-    affordable = [row for row in every if row.memory["predicted"] <= reference.memory["predicted"]]
-    best = {
-        "at equal tokens": min(every, key=lambda row: row.values("loss").mean()),
-        "at equal time": min(timed.values(), key=lambda row: row.values("loss").mean()),
-        "at equal tokens in no more memory than the published recipe's": min(affordable, key=lambda row: row.values("loss").mean()),
-    }
-    listed = "\n".join(f"- {where}: {row.name}, {spread(row.values('loss'), '.4f')}" for where, row in best.items())
-    return f"""OwLore's published recipe with other numbers of active layers and ranks. Equal time is the published recipe's \
-{budget:.1f} s: each row
-runs again with as many steps as it makes in them.
 
-{table([cells(args, reference, reference), *lines])}
+    def cell(active: int, rank: int) -> Row:
+        name = f"active {active}, {f'rank {rank}' if rank else 'no projection'}"
+        return search(args, name, base | {"active": active, "rank": rank})
 
-The lowest mean loss (the least of {len(every)} is in part luck: compare it with the spread):
+    reference = cell(base["active"], base["rank"])
+    budget = reference.values("seconds").mean().item()
+    rows, timed, lines = [], [], []
+    for rank in (base["rank"], 4 * base["rank"], 0):
+        for active in sorted({*(2**n for n in range(L.bit_length()) if 2**n < L), base["active"], L}):
+            row = cell(active, rank)
+            steps = max(1, round(args.steps * budget / row.values("seconds").mean().item()))
+            again = row._replace(runs=run_seeds(args, row.flags | {"steps": steps}))
+            then = {"steps in equal time": str(steps), "loss then": spread(again.values("loss"))}
+            rows, timed, lines = [*rows, row], [*timed, again], [*lines, cells(args, row, reference) | then]
+
+    limit = memory(args, {"method": "lisa"})["predicted"]
+    within = [row for row in rows if row.memory["predicted"] <= limit]
+    choices = {"equal tokens": rows, "equal time": timed, f"equal tokens, within LISA's {limit / MIB:.2f} MiB": within}
+    best = {where: min(group, key=lambda row: row.values("loss").mean()) for where, group in choices.items() if group}
+    listed = "\n".join(f"- at {where}: {row.name}, {spread(row.values('loss'))}" for where, row in best.items())
+    return f"""OwLore's published recipe, which is {reference.name}, with other numbers of active layers and ranks. Equal time
+is its {budget:.1f} s: each row runs again, with as many steps as it makes in them.
+
+{table(lines)}
+
+The lowest mean losses (the least of {len(rows)} is in part luck; compare it with the spread):
 
 {listed}{chart(args, rows, timed)}"""
 
 
-def chart(args: argparse.Namespace, rows: dict[int, list[Row]], timed: dict[str, Row]) -> str:
-    """Draw the layers study, a line for each rank; the picture's place in the text, none without matplotlib."""
+def chart(args: argparse.Namespace, rows: list[Row], timed: list[Row]) -> str:
+    """Draw the layers study, a line for each rank. Returns the picture's place in the text: none without matplotlib."""
     try:
         import matplotlib
 
@@ -385,30 +378,38 @@ def chart(args: argparse.Namespace, rows: dict[int, list[Row]], timed: dict[str,
         print("no picture: pip install matplotlib")
         return ""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
-    for rank, group in rows.items():
-        active = [fill(args, row.flags).active for row in group]
+    for rank in dict.fromkeys(row.flags["rank"] for row in rows):
+        group, again = ([row for row in some if row.flags["rank"] == rank] for some in (rows, timed))
+        active = [row.flags["active"] for row in group]
         peaks = [row.memory["predicted"] / MIB for row in group]
-        again = [timed[row.name] for row in group]
         for axis, x, y in zip(axes, (active, active, peaks), (group, again, group)):
-            losses = [row.values("loss") for row in y]
-            axis.errorbar(x, [loss.mean() for loss in losses], [loss.std() for loss in losses], marker="o", capsize=3,
-                          label=f"rank {rank}" if rank else "no projection")  # fmt: skip
-        for n, peak, row in zip(active, peaks, group):
-            axes[2].annotate(str(n), (peak, row.values("loss").mean()), textcoords="offset points", xytext=(4, 4))
+            losses = torch.stack([row.values("loss") for row in y])  # [active, seeds]
+            axis.errorbar(x, losses.mean(1), losses.std(1), marker="o", capsize=3, label=f"rank {rank or 'full'}")
+        for row, n, peak in zip(group, active, peaks):
+            axes[2].annotate(str(n), (peak, row.values("loss").mean()), (4, 4), textcoords="offset points")
     axes[0].set(title="equal tokens", xlabel="active layers", ylabel="validation loss")
     axes[1].set(title="equal time", xlabel="active layers")
-    axes[2].set(title="equal tokens (active layers beside the points)", xlabel="peak memory, MiB")
+    axes[2].set(title="equal tokens (at the points: active layers)", xlabel="peak memory, MiB")
     axes[0].legend()
-    file = RESULTS / f"methods-{Path(args.ckpt).resolve().name}-layers.png"
+    file = RESULTS / f"methods-{args.name}-layers.png"
     figure.savefig(file, dpi=120)
-    print(f"saved: {os.path.relpath(file)}")
-    return f"\n\n![final loss over active layers and rank]({file.name})"
+    return f"\n\n![final loss over active layers, for each rank]({file.name})"
 
 
 STUDIES = {study.__name__: study for study in (methods, sampling, moments, layers, recipe)}
 
-
 # The results file
+
+TITLE = """# Methods and settings compared on {}
+
+Runs of train.py on the CPU. Loss and accuracy are those on validation data after the run: mean ± standard deviation over
+seeds, which change the order of the data and the layers drawn. Differences are taken seed by seed; one within its ± shows
+nothing. A row's learning rate is the best one on seed 0 and on the same validation data, found for all rows in the same
+way. Memory is the peak of a training step with full rows, every tensor counted by bench/memory.py, blocks recomputed (the
+runs, which have memory enough, do not); in models as small as this most of it is activations. Time is that of the
+training steps, without scoring, evaluating and saving.
+
+"""
 
 
 def provenance(args: argparse.Namespace) -> str:
@@ -416,36 +417,23 @@ def provenance(args: argparse.Namespace) -> str:
     words = [os.path.relpath(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    config = args.config
+    lrs = ", ".join(f"{lr:g}" for lr in sorted(args.lrs))
     return f"""`python bench/methods.py {shlex.join(words)}`, {datetime.date.today()},
-{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, \
-Python {platform.python_version()}. {config.n_layers} layers of {config.dim} dimensions in fp32;
-{args.steps} steps of {args.batch_size} rows of at most {args.seq_len} tokens, seeds 0 to {args.seeds - 1}, \
-learning rates {", ".join(f"{lr:g}" for lr in sorted(args.lrs))} and what extends them."""
-
-
-TITLE = """# Methods and settings compared on {name}
-
-Runs of train.py on the CPU. Loss and accuracy are those on validation data after the run: mean ± standard deviation over seeds,
-which change the order of the data and the layers drawn. Differences are taken seed by seed; one smaller than its ± shows
-nothing. A row's learning rate is the best one on seed 0 and on that same validation data, found for all rows in the same way.
-Memory is the peak of a training step at full rows, every tensor counted by bench/memory.py with blocks recomputed (which the
-runs, where memory is no matter, do not do); in models as small as this most of it is activations. Time is that of the training
-steps, without scoring, evaluating and saving.
-
-"""
+{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, \
+torch {torch.__version__}, Python {platform.python_version()}.
+{args.config.n_layers} layers of {args.config.dim} dimensions, fp32; {args.steps} steps of {args.batch_size} rows of at \
+most {args.seq_len} tokens; seeds 0 to {args.seeds - 1}; learning rates {lrs}, and what extends them."""
 
 
 def write_section(args: argparse.Namespace, study: str, text: str) -> None:
     """Put a study's section into the checkpoint's results, in the place of the one it had."""
-    name = Path(args.ckpt).resolve().name
-    out = RESULTS / f"methods-{name}.md"
-    found = re.split(r"^## (.*)\n", out.read_text() if out.exists() else "", flags=re.MULTILINE)[1:]
-    sections = dict(zip(found[::2], found[1::2])) | {study: f"\n{provenance(args)}\n\n{text}"}
-    parts = [f"## {study}\n\n{sections[study].strip()}\n" for study in STUDIES if study in sections]
+    out = RESULTS / f"methods-{args.name}.md"
+    found = re.split(r"(?m)^## (.*)$", out.read_text() if out.exists() else "")[1:]
+    sections = dict(zip(found[::2], found[1::2])) | {study: f"{provenance(args)}\n\n{text}"}
+    parts = [f"## {name}\n\n{sections[name].strip()}\n" for name in STUDIES if name in sections]
     with atomic_write(out) as file:
-        file.write((TITLE.format(name=name) + "\n".join(parts)).encode())
-    print(f"{text}\n\nsaved: {os.path.relpath(out)}", flush=True)
+        file.write((TITLE.format(args.name) + "\n".join(parts)).encode())
+    print(f"\n{text}\n\nsaved: {os.path.relpath(out)}\n", flush=True)
 
 
 def main() -> None:
@@ -455,7 +443,7 @@ def main() -> None:
     add("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
     add("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
     add("--data", required=True, help="training data: .txt, .json or .jsonl")
-    add("--val-data", help=f"validation data (default: {train.HELD_OUT:.0%} of --data, held out)")
+    add("--val-data", help="validation data (default: a part of --data, held out as train.py does)")
     add("--steps", type=int, default=90, help="optimizer steps of a run (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="rows in a step (default: %(default)s)")
     add("--seq-len", type=int, default=256, help="tokens in a row (default: %(default)s)")
@@ -467,7 +455,8 @@ def main() -> None:
             raise InputError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(args, flag)}")
     if len(set(args.lrs)) < max(2, len(args.lrs)) or not all(0 < lr < math.inf for lr in args.lrs):
         raise InputError("--lrs: give at least two, all different and above 0")
-    args.config, args.tokenizer, args.files = parse_shape(args.ckpt), load_tokenizer(args.ckpt), checksum(args)
+    args.config, args.tokenizer = parse_shape(args.ckpt), load_tokenizer(args.ckpt)
+    args.name, args.files = Path(args.ckpt).resolve().name, checksum(args)
     RESULTS.mkdir(exist_ok=True)
     for study in args.studies:
         write_section(args, study, STUDIES[study](args))
