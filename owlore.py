@@ -260,6 +260,10 @@ class ProjectedAdam(torch.optim.Optimizer):
     A parameter that no longer requires a gradient loses its state at the next `step` or `zero_grad`: frozen layers cost
     nothing. bf16 weights are written back by `stochastic_round`.
 
+    found_inf: None, or a scalar bool tensor on the parameters' device (the name is torch's own): where it is true, `step`
+    leaves weights and moments as they are. The device decides, and nothing waits for it; Adam's bias correction counts the
+    step nevertheless.
+
     svd: "randomized" or "exact". Raises ValueError for settings out of range and for projecting what is not a matrix.
     """
 
@@ -277,6 +281,7 @@ class ProjectedAdam(torch.optim.Optimizer):
         if svd not in ("randomized", "exact"):
             raise ValueError(f"svd {svd!r} is not randomized or exact")
         self.failed_refreshes: Tensor | int = 0
+        self.found_inf: Tensor | None = None
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, svd=svd))
 
     def add_param_group(self, param_group: dict) -> None:
@@ -357,16 +362,18 @@ class ProjectedAdam(torch.optim.Optimizer):
             state["step"] += 1
             if group.get("rank") is None:
                 for p, g, m, v in row_chunks(parameter, gradient, state["exp_avg"], state["exp_avg_sq"]):
-                    write_back(p, adam_step(g.float(), m, v, state["step"], group), group)
+                    N = adam_step(g.float(), m, v, state["step"], group, self.found_inf)
+                    write_back(p, N, group, self.found_inf)
                 continue
-            N = adam_step(gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], group) * group["scale"]
+            N = adam_step(gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], group, self.found_inf)
+            N *= group["scale"]
             P = state["basis"]
             if parameter.shape[0] >= parameter.shape[1]:
                 for p, n in row_chunks(parameter, N):
-                    write_back(p, n @ P.T, group)
+                    write_back(p, n @ P.T, group, self.found_inf)
             else:
                 for p, P_rows in row_chunks(parameter, P):
-                    write_back(p, P_rows @ N, group)
+                    write_back(p, P_rows @ N, group, self.found_inf)
         return loss
 
     def _gradients(self) -> Iterable[tuple[dict, Tensor, Tensor]]:
@@ -421,23 +428,27 @@ class ProjectedAdam(torch.optim.Optimizer):
             }
 
 
-def adam_step(g: Tensor, m: Tensor, v: Tensor, step: int, group: dict) -> Tensor:
-    """Update Adam's moments m, v in place with the gradient g (arXiv 1412.6980, algorithm 1); returns the normalised step."""
+def unless(skip: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
+    """`new`, but `old` where the scalar `skip` is true."""
+    return new if skip is None else torch.where(skip, old, new)
+
+
+def adam_step(g: Tensor, m: Tensor, v: Tensor, step: int, group: dict, skip: Tensor | None) -> Tensor:
+    """Update Adam's moments m, v in place with the gradient g (arXiv 1412.6980, algorithm 1); returns the normalised
+    step."""
     beta1, beta2 = group["betas"]
-    m.lerp_(g, 1 - beta1)  # m = beta1 m + (1 - beta1) g
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)  # v = beta2 v + (1 - beta2) g^2
+    m.copy_(unless(skip, m, m.lerp(g, 1 - beta1)))  # m = beta1 m + (1 - beta1) g
+    v.copy_(unless(skip, v, (beta2 * v).addcmul_(g, g, value=1 - beta2)))  # v = beta2 v + (1 - beta2) g^2
     denominator = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
     return torch.div(m, denominator, out=denominator).div_(1 - beta1**step)
 
 
-def write_back(p: Tensor, update: Tensor, group: dict) -> None:
+def write_back(p: Tensor, update: Tensor, group: dict, skip: Tensor | None) -> None:
     """p = (1 - lr * weight_decay) p - lr * update, in fp32, for (some rows of) a parameter of any dtype."""
-    new = p if p.dtype in (torch.float32, torch.float64) else p.float()
-    new.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
-    if p.dtype == torch.bfloat16:
-        p.copy_(stochastic_round(new))
-    elif new is not p:
-        p.copy_(new)
+    old = p if p.dtype == torch.float64 else p.float()
+    new = (old * (1 - group["lr"] * group["weight_decay"])).sub_(update, alpha=group["lr"])
+    new = unless(skip, old, new)
+    p.copy_(stochastic_round(new) if p.dtype == torch.bfloat16 else new)
 
 
 # 3. Seeing it

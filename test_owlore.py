@@ -887,6 +887,22 @@ def test_state_dict_round_trips_bit_for_bit(dtype):
             )
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_with_found_inf_changes_nothing(rank, dtype):
+    W = nn.Parameter(torch.randn(6, 4).to(dtype))
+    optimizer = ProjectedAdam([{"params": [W], "rank": rank}], lr=0.1, weight_decay=0.5)
+    for bad in (False, True, False):
+        weight = W.detach().clone()
+        moments = {k: v.clone() for k, v in optimizer.state[W].items() if "exp" in k}
+        (W * (math.nan if bad else torch.randn(6, 4))).sum().backward()
+        optimizer.found_inf = ~torch.isfinite(optimizer.clip_grad_norm_(1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(W, weight) == bad and torch.isfinite(W).all()
+        assert not bad or all(torch.equal(optimizer.state[W][key], moments[key]) for key in moments)
+
+
 def test_a_discarded_optimizer_lets_go_of_the_gradients():
     W = nn.Parameter(torch.randn(5, 3))
     optimizer = ProjectedAdam([{"params": [W], "rank": 2}], lr=0.1)

@@ -692,18 +692,19 @@ def main() -> None:
         batches = reader.submit(read_batch, data, args, step + 1, device.startswith("cuda"))  # while this step computes
         try:
             loss, norm = accumulate_gradients(model, optimizer, micro_batches, args.max_grad_norm)
-            good = bool(torch.isfinite(loss + norm))
-            if good:
-                optimizer.step()
+            optimizer.found_inf = ~torch.isfinite(loss + norm)
+            optimizer.step()
         except torch.OutOfMemoryError:
             raise InputError(f"--device {device}: out of memory in step {step}; {ways_to_save(model, args)}") from None
+        loss, norm = torch.stack([loss, norm.to(loss)]).tolist()  # the only wait for the device in a step, at its end
+        good = math.isfinite(loss + norm)
         step += 1
         skipped, bad = skipped + (not good), 0 if good else bad + 1
         row = {
             "step": step,
-            "loss": loss.item(),
+            "loss": loss,
             "lr": optimizer.param_groups[0]["lr"],
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
             "active": sampler.drawn if sampler else list(range(len(model.layers))),
             "tokens_per_second": sum(tokens.numel() for tokens, *_ in micro_batches) / (time.perf_counter() - began),
             "memory": peak_memory(device),

@@ -164,7 +164,8 @@ def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
         }
 
     result = cached({"flags": vars(fill(args, flags)), "change": change, "files": args.files}, compute)
-    print(f"    lr {flags['lr']:g}, seed {flags['seed']}: loss {result['loss'][1]:.4f}, {result['seconds']:.1f} s", flush=True)
+    loss, seconds = result["loss"][1], result["seconds"]
+    print(f"    lr {flags['lr']:g}, seed {flags['seed']}: loss {loss:.4f}, {seconds:.1f} s", flush=True)
     return result
 
 
@@ -281,8 +282,8 @@ def methods(args: argparse.Namespace) -> str:
         flags["owlore, published recipe"] = published(args)
     rows = [search(args, name, row) for name, row in flags.items()]
     listed = ", ".join(f"{n}: {peak / MIB:.2f}" for n, peak in peaks.items())
-    return f"""train.py's defaults, but for what a row names. LISA's peak is {limit / MIB:.2f} MiB; OwLore's, by active layers:
-{listed}{"" if fitting else " (none of them within LISA's)"}.
+    return f"""train.py's defaults, but for what a row names. LISA's peak is {limit / MIB:.2f} MiB; OwLore's, by active
+layers: {listed}{"" if fitting else " (none of them within LISA's)"}.
 
 {compare(args, rows, "owlore")}"""
 
@@ -290,14 +291,13 @@ def methods(args: argparse.Namespace) -> str:
 def sampling(args: argparse.Namespace) -> str:
     """OwLore with each way to draw layers."""
     interval = max(1, args.steps // 20)
-    drawn = [(mode, "") for mode in ("outlier", "uniform", "reverse", "increasing", "decreasing")] + [("outlier", "floor")]
     rows = []
-    for mode, change in drawn:
-        flags = {"method": "owlore", "interval": interval, "sampling": mode}
-        rows.append(search(args, f"{mode}, floored" if change else mode, flags, change))
+    for mode in ("outlier", "uniform", "reverse", "increasing", "decreasing"):
+        rows.append(search(args, mode, {"method": "owlore", "interval": interval, "sampling": mode}))
+    rows.append(search(args, "outlier, floored", {"method": "owlore", "interval": interval}, "floor"))
     return f"""OwLore, layers redrawn every {interval} steps, {math.ceil(args.steps / interval)} times in all: at the published
-interval of 50 a run as short as this draws them too rarely for the mode to matter. Floored: no layer's probability is below
-{FLOOR:g} / L.
+interval of 50 a run as short as this draws them too rarely for the mode to matter. Floored: no layer's probability is
+below {FLOOR:g} / L.
 
 {compare(args, rows, "outlier")}"""
 
@@ -310,9 +310,10 @@ def moments(args: argparse.Namespace) -> str:
         flags = {"method": method, "update_gap": gap, **redrawn}
         rows = [search(args, f"{method}, {change or 'rotate'}", flags, change) for change in ("", "keep", "reset")]
         tables.append(compare(args, rows, f"{method}, rotate"))
-    return f"""A new basis every {gap} steps of a matrix, {(args.steps - 1) // gap} times in a run of GaLore. OwLore redraws its
-layers every {interval} steps, and one that was not active before begins without moments. Rotate: the first moment is turned
-into the new basis, the second stays (owlore.py as it is); keep: both stay (the published code); reset: both begin anew.
+    return f"""A new basis every {gap} steps of a matrix, {(args.steps - 1) // gap} times in a run of GaLore. OwLore
+redraws its layers every {interval} steps, and one that was not active before begins without moments. Rotate: the first
+moment is turned into the new basis, the second stays (owlore.py as it is); keep: both stay (the published code); reset:
+both begin anew.
 
 {tables[0]}
 
@@ -327,8 +328,8 @@ def recipe(args: argparse.Namespace) -> str:
     rows = [search(args, "published", base)]
     for flag, values in changes.items():
         rows += [search(args, f"{flag} {value}", base | {flag: value}) for value in dict.fromkeys(values)]
-    return f"""OwLore's published recipe ({", ".join(f"{flag} {value}" for flag, value in list(base.items())[1:])}), and with
-one setting of it changed at a time; rank 0 is no projection.
+    listed = ", ".join(f"{flag} {value}" for flag, value in base.items() if flag != "method")
+    return f"""OwLore's published recipe ({listed}), and with one setting of it changed at a time; rank 0 is no projection.
 
 {compare(args, rows, "published")}"""
 
@@ -448,7 +449,7 @@ def main() -> None:
     add("--batch-size", type=int, default=16, help="rows in a step (default: %(default)s)")
     add("--seq-len", type=int, default=256, help="tokens in a row (default: %(default)s)")
     add("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
-    add("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates to begin with (default: %(default)s)")
+    add("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="the grid to begin with (default: %(default)s)")
     args = parser.parse_args()
     for flag, least in (("steps", 1), ("batch_size", 1), ("seq_len", 1), ("seeds", 2)):
         if getattr(args, flag) < least:
