@@ -12,8 +12,10 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -949,6 +951,35 @@ def test_optimizer_refuses_what_it_cannot_do():
     ):
         with pytest.raises(ValueError):
             ProjectedAdam([group], lr=0.1, **options)
+
+
+def test_owlore_alone_trains_a_plain_sequential(tmp_path):
+    shutil.copy(Path(owlore.__file__), tmp_path)
+    (tmp_path / "use.py").write_text("""
+import sys
+import torch
+from owlore import LayerSampler, ProjectedAdam, outlier_distribution, sampling_probabilities
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh()) for _ in range(4)))
+x = torch.randn(64, 16)
+target = torch.tanh(x @ torch.randn(16, 16))
+sampler = LayerSampler(model, sampling_probabilities(outlier_distribution(model, model, [x], threshold=3.0)), active=2)
+groups = [[p for p in model.parameters() if p.dim() == n] for n in (2, 1)]
+optimizer = ProjectedAdam([{"params": groups[0], "rank": 4, "update_gap": 20}, {"params": groups[1]}], lr=1e-2)
+losses = []
+for step in range(120):
+    if step % 20 == 0:
+        sampler.resample()
+    loss = (model(x) - target).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+assert losses[-1] < losses[0] / 2, losses
+assert not sys.modules.keys() & {"model", "data", "train", "sentencepiece"}
+""")
+    subprocess.run([sys.executable, "use.py"], cwd=tmp_path, check=True, timeout=60)
 
 
 # train.py

@@ -98,8 +98,11 @@ def checksum(args: argparse.Namespace) -> int:
     files += sorted(path for path in Path(args.ckpt).iterdir() if path.is_file())
     files += [Path(path) for path in (args.data, args.val_data) if path]
     total = 0
-    for path in files:
-        total = zlib.crc32(path.read_bytes(), total)
+    try:
+        for path in files:
+            total = zlib.crc32(path.read_bytes(), total)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
     return total
 
 
@@ -295,9 +298,9 @@ def sampling(args: argparse.Namespace) -> str:
     for mode in ("outlier", "uniform", "reverse", "increasing", "decreasing"):
         rows.append(search(args, mode, {"method": "owlore", "interval": interval, "sampling": mode}))
     rows.append(search(args, "outlier, floored", {"method": "owlore", "interval": interval}, "floor"))
-    return f"""OwLore, layers redrawn every {interval} steps, {math.ceil(args.steps / interval)} times in all: at the published
-interval of 50 a run as short as this draws them too rarely for the mode to matter. Floored: no layer's probability is
-below {FLOOR:g} / L.
+    draws = math.ceil(args.steps / interval)
+    return f"""OwLore, layers redrawn every {interval} steps, {draws} times in all: at the published interval of 50 a
+run as short as this draws them too rarely for the mode to matter. Floored: no layer's probability is below {FLOOR:g} / L.
 
 {compare(args, rows, "outlier")}"""
 
@@ -329,7 +332,8 @@ def recipe(args: argparse.Namespace) -> str:
     for flag, values in changes.items():
         rows += [search(args, f"{flag} {value}", base | {flag: value}) for value in dict.fromkeys(values)]
     listed = ", ".join(f"{flag} {value}" for flag, value in base.items() if flag != "method")
-    return f"""OwLore's published recipe ({listed}), and with one setting of it changed at a time; rank 0 is no projection.
+    return f"""OwLore's published recipe ({listed}),
+and with one setting of it changed at a time; rank 0 is no projection.
 
 {compare(args, rows, "published")}"""
 
@@ -358,8 +362,8 @@ def layers(args: argparse.Namespace) -> str:
     choices = {"equal tokens": rows, "equal time": timed, f"equal tokens, within LISA's {limit / MIB:.2f} MiB": within}
     best = {where: min(group, key=lambda row: row.values("loss").mean()) for where, group in choices.items() if group}
     listed = "\n".join(f"- at {where}: {row.name}, {spread(row.values('loss'))}" for where, row in best.items())
-    return f"""OwLore's published recipe, which is {reference.name}, with other numbers of active layers and ranks. Equal time
-is its {budget:.1f} s: each row runs again, with as many steps as it makes in them.
+    return f"""OwLore's published recipe, which is {reference.name}, with other numbers of active layers and ranks.
+Equal time is its {budget:.1f} s: each row runs again, with as many steps as it makes in them.
 
 {table(lines)}
 
@@ -381,15 +385,17 @@ def chart(args: argparse.Namespace, rows: list[Row], timed: list[Row]) -> str:
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
     for rank in dict.fromkeys(row.flags["rank"] for row in rows):
         group, again = ([row for row in some if row.flags["rank"] == rank] for some in (rows, timed))
+        label = f"rank {rank}" if rank else "no projection"
         active = [row.flags["active"] for row in group]
         peaks = [row.memory["predicted"] / MIB for row in group]
         for axis, x, y in zip(axes, (active, active, peaks), (group, again, group)):
             losses = torch.stack([row.values("loss") for row in y])  # [active, seeds]
-            axis.errorbar(x, losses.mean(1), losses.std(1), marker="o", capsize=3, label=f"rank {rank or 'full'}")
+            axis.errorbar(x, losses.mean(1), losses.std(1), marker="o", capsize=3, label=label)
         for row, n, peak in zip(group, active, peaks):
             axes[2].annotate(str(n), (peak, row.values("loss").mean()), (4, 4), textcoords="offset points")
-    axes[0].set(title="equal tokens", xlabel="active layers", ylabel="validation loss")
-    axes[1].set(title="equal time", xlabel="active layers")
+    ticks = sorted({row.flags["active"] for row in rows})
+    axes[0].set(title="equal tokens", xlabel="active layers", xticks=ticks, ylabel="validation loss")
+    axes[1].set(title="equal time", xlabel="active layers", xticks=ticks)
     axes[2].set(title="equal tokens (at the points: active layers)", xlabel="peak memory, MiB")
     axes[0].legend()
     file = RESULTS / f"methods-{args.name}-layers.png"
@@ -403,12 +409,12 @@ STUDIES = {study.__name__: study for study in (methods, sampling, moments, layer
 
 TITLE = """# Methods and settings compared on {}
 
-Runs of train.py on the CPU. Loss and accuracy are those on validation data after the run: mean ± standard deviation over
-seeds, which change the order of the data and the layers drawn. Differences are taken seed by seed; one within its ± shows
-nothing. A row's learning rate is the best one on seed 0 and on the same validation data, found for all rows in the same
-way. Memory is the peak of a training step with full rows, every tensor counted by bench/memory.py, blocks recomputed (the
-runs, which have memory enough, do not); in models as small as this most of it is activations. Time is that of the
-training steps, without scoring, evaluating and saving.
+Runs of train.py on the CPU. Loss and accuracy are those on validation data after the run: mean ± standard deviation
+over seeds, which change the order of the data and the layers drawn. Differences are taken seed by seed; one within its
+± shows nothing. A row's learning rate is the best one on seed 0 and on the same validation data, found for all rows in
+the same way. Memory is the peak of a training step with full rows, every tensor counted by bench/memory.py, blocks
+recomputed (the runs, which have memory enough, do not); in models as small as this most of it is activations. Time is
+that of the training steps, without scoring, evaluating and saving.
 
 """
 
@@ -422,8 +428,8 @@ def provenance(args: argparse.Namespace) -> str:
     return f"""`python bench/methods.py {shlex.join(words)}`, {datetime.date.today()},
 {cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, \
 torch {torch.__version__}, Python {platform.python_version()}.
-{args.config.n_layers} layers of {args.config.dim} dimensions, fp32; {args.steps} steps of {args.batch_size} rows of at \
-most {args.seq_len} tokens; seeds 0 to {args.seeds - 1}; learning rates {lrs}, and what extends them."""
+{args.config.n_layers} layers of {args.config.dim} dimensions, fp32; {args.steps} steps of {args.batch_size} rows of \
+at most {args.seq_len} tokens; seeds 0 to {args.seeds - 1}; learning rates {lrs}, and what extends them."""
 
 
 def write_section(args: argparse.Namespace, study: str, text: str) -> None:
@@ -449,7 +455,7 @@ def main() -> None:
     add("--batch-size", type=int, default=16, help="rows in a step (default: %(default)s)")
     add("--seq-len", type=int, default=256, help="tokens in a row (default: %(default)s)")
     add("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
-    add("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="the grid to begin with (default: %(default)s)")
+    add("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="the grid at first (default: %(default)s)")
     args = parser.parse_args()
     for flag, least in (("steps", 1), ("batch_size", 1), ("seq_len", 1), ("seeds", 2)):
         if getattr(args, flag) < least:
