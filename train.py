@@ -101,7 +101,7 @@ def flag_parser() -> Parser:
     add("--sampling", choices=("outlier", "uniform", "reverse", "increasing", "decreasing"), help="how layers are drawn (default: owlore outlier, lisa uniform)")  # fmt: skip
     add("--active", type=int, help="layers trained at a time (default: 5 of every 32, lisa 2 of every 32)")
     add("--interval", type=int, help="optimizer steps between two draws (default: 50, lisa 3)")
-    add("--rank", type=int, help="of the projection (default: dim / 16, which is 256 for a 7B), 0 for owlore without projection; of lora's additions (default: dim / 128)")  # fmt: skip
+    add("--rank", type=int, help="of the projection (default: dim / 16, which is 256 for a 7B), 0 for owlore without projection; of lora's additions (default: dim / 128, at least 8)")  # fmt: skip
     add("--lora-alpha", type=float, help="lora's additions count alpha / rank (default: twice the rank)")
     add("--update-gap", type=int, default=100, help="steps of a matrix between two projections (default: %(default)s)")
     add("--scale", type=float, default=1.0, help="of the projected update (default: %(default)s)")
@@ -185,7 +185,8 @@ def fit_to_model(args: argparse.Namespace, model: Transformer, tokenizer: Tokeni
     """Defaults that follow the model's size. Raises InputError for flags the model cannot follow."""
     config, share = model.config, METHODS[args.method].active / 32
     args.active = math.ceil(share * config.n_layers) if args.active is None else args.active
-    args.rank = max(1, config.dim // (128 if args.method == "lora" else 16)) if args.rank is None else args.rank
+    if args.rank is None:
+        args.rank = max(8, config.dim // 128) if args.method == "lora" else max(1, config.dim // 16)
     args.lora_alpha = 2.0 * args.rank if args.lora_alpha is None else args.lora_alpha
     args.threshold = default_threshold(config.dim) if args.threshold is None else args.threshold
     args.lr = 3e-4 * (4096 / config.dim) ** 0.75 if args.lr is None else args.lr
@@ -528,14 +529,12 @@ def plot_runs(runs: list[Path], out: Path | None) -> None:
     print(f"saved: {out}")
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 BAD_STEPS = 10  # in a row, whose loss or gradients are not finite, end the run
 
 
-def main() -> None:
-    """The whole run: load, score, sample, train, evaluate, save, report."""
-    args, given = parse_args()
-    if args.plot:
-        return plot_runs([Path(run) for run in args.plot], args.out and Path(args.out))
+def run(args: argparse.Namespace, given: dict) -> None:
+    """The whole run: load, score, sample, train, evaluate, save, report. given: the flags of the command line alone."""
     if not args.resume:
         fill_defaults(args)
     elif args.out is None:
@@ -675,7 +674,8 @@ def main() -> None:
         signals.append(number)
         tqdm.write("stopping after this step, to save; once more to stop at once")
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in STOP_SIGNALS:
+        signal.signal(number, on_signal)
     reader = ThreadPoolExecutor(1)
     batches = reader.submit(read_batch, data, args, step, device.startswith("cuda"))
     bar = tqdm(total=steps, initial=step, desc="training", dynamic_ncols=True)
@@ -729,8 +729,6 @@ def main() -> None:
     bar.close()
     if (step == steps or signals) and not (state and state["step"] == step) and (problem := save()):
         raise InputError(f"{problem}; free space, then: python train.py --resume --out {out}")
-    for number, handler in previous.items():
-        signal.signal(number, handler)
     if signals and step < steps:
         print(f"stopped at step {step} of {steps}; to go on: python train.py --resume --out {out}")
         sys.exit(128 + signals[0])
@@ -745,6 +743,19 @@ def main() -> None:
         }
         print(layer_chart(shares, outliers.tolist()))
     print(f"\nbefore: {describe(before)}\nafter:  {describe(after)}\nsaved:  {out / 'model'}")
+
+
+def main() -> None:
+    """`python train.py`."""
+    args, given = parse_args()
+    if args.plot:
+        return plot_runs([Path(folder) for folder in args.plot], args.out and Path(args.out))
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        run(args, given)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,8 @@ def settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespac
                               dtype="bf16", checkpoint_blocks=True)  # fmt: skip
     share = train.METHODS[args.method].active / 32
     args.active = math.ceil(share * config.n_layers) if args.active is None else args.active
-    args.rank = max(1, config.dim // (128 if args.method == "lora" else 16)) if args.rank is None else args.rank
+    if args.rank is None:
+        args.rank = max(8, config.dim // 128) if args.method == "lora" else max(1, config.dim // 16)
     args.lora_alpha = 2.0 * args.rank
     args.embeddings = args.embeddings or ("frozen" if args.method == "lora" else "full")
     return args

@@ -300,7 +300,7 @@ def sampling(args: argparse.Namespace) -> str:
     rows.append(search(args, "outlier, floored", {"method": "owlore", "interval": interval}, "floor"))
     draws = math.ceil(args.steps / interval)
     return f"""OwLore, layers redrawn every {interval} steps, {draws} times in all: at the published interval of 50 a
-run as short as this draws them too rarely for the mode to matter. Floored: no layer's probability is below {FLOOR:g} / L.
+run as short as this draws them too rarely for the mode to matter. Floored: no probability is below {FLOOR:g} / L.
 
 {compare(args, rows, "outlier")}"""
 
