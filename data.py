@@ -118,6 +118,9 @@ class SentencePieceTokenizer:
         self.model.LoadFromSerializedProto(path.read_bytes())
         self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
         self.vocab_size, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
+        marks = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.model.unk_id()}
+        self.hf_settings = {f"{mark}_token": self.model.id_to_piece(id) for mark, id in marks.items() if id >= 0}
+        self.hf_settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of a text, between the marks asked for."""
@@ -164,6 +167,8 @@ class TiktokenTokenizer:
         self.model = tiktoken.Encoding(path.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special)
         self.ranks, self.vocab_size = len(ranks), len(ranks) + 256
         self.bos_id, self.eos_id = special["<|begin_of_text|>"], special["<|end_of_text|>"]
+        self.hf_settings = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+        self.hf_settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of a text, between the marks asked for."""
@@ -209,13 +214,27 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Copy every tokenizer file, and the settings that Hugging Face keeps beside them, to another checkpoint folder."""
+    """Copy every tokenizer file, and the settings that Hugging Face keeps beside them, to another checkpoint folder. One of
+    Hugging Face's layout gets what its tools need to know of the tokenizer where the source does not say it."""
+    source, target = Path(source), Path(target)
     for name in (*TOKENIZER_NAMES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                  "added_tokens.json", "chat_template.jinja", "generation_config.json"):  # fmt: skip
-        if (Path(source) / name).is_file():
-            (Path(target) / name).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(Path(target) / name) as file:
-                file.write((Path(source) / name).read_bytes())
+        if (source / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(target / name) as file:
+                file.write((source / name).read_bytes())
+    if not (target / "config.json").is_file():
+        return
+    tokenizer, known = load_tokenizer(source), source / "config.json"
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ids = {key: value for key, value in ids.items() if value >= 0}
+    if known.is_file():
+        ids |= {key: value for key, value in read_json(known).items() if key in (*ids, "pad_token_id")}
+    with atomic_write(target / "config.json") as file:
+        file.write(json.dumps(read_json(target / "config.json") | ids, indent=2).encode())
+    if not (target / "tokenizer_config.json").is_file() and not (target / "tokenizer.json").is_file():
+        with atomic_write(target / "tokenizer_config.json") as file:
+            file.write(json.dumps(tokenizer.hf_settings, indent=2).encode())
 
 
 # Records

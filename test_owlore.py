@@ -411,6 +411,28 @@ def test_tokens_are_kept_on_disk(monkeypatch, tmp_path):
     assert same(data.load_dataset(records, tokenizer, 12), built)
 
 
+@pytest.mark.parametrize("source", ["tiny", "tokenizers/llama2", "tokenizers/llama3"])
+def test_a_hf_folder_says_what_its_tokenizer_is(source, tmp_path):
+    """As transformers and lm-eval need it: without, they take LLaMA's tokenizer for another one."""
+    if source != "tiny" and not SHARED.is_dir():
+        pytest.skip("needs the data in ../shared")
+    if source == "tokenizers/llama3":
+        pytest.importorskip("tiktoken")
+    folder = TINY if source == "tiny" else SHARED / source
+    save_model(build(), tmp_path / "hf", "hf")
+    data.copy_tokenizer(folder, tmp_path / "hf")
+    tokenizer, config = load_tokenizer(tmp_path / "hf"), json.loads((tmp_path / "hf/config.json").read_text())
+    settings = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (tokenizer.bos_id, tokenizer.eos_id)
+    bos = "<|begin_of_text|>" if "llama3" in source else "<s>"
+    assert settings["bos_token"] == bos and settings["tokenizer_class"].startswith(("Llama", "PreTrained"))
+    config["eos_token_id"] = [7, 8]  # what a source says of itself is kept
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    save_model(build(), tmp_path / "again", "hf")
+    data.copy_tokenizer(tmp_path / "hf", tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["eos_token_id"] == [7, 8]
+
+
 @needs_shared
 def test_llama3_tokenizer_survives_a_million_letters():
     pytest.importorskip("tiktoken")

@@ -394,9 +394,12 @@ def open_run(out: Path) -> IO:
     return lock
 
 
-def holds_files(out: Path) -> bool:
-    """Whether a folder holds anything but what a run killed before it began would leave."""
-    return out.exists() and (not out.is_dir() or bool({p.name for p in out.iterdir()} - {".lock", "args.json.tmp"}))
+def refuse_files(out: Path) -> None:
+    """Raise InputError where a folder holds anything but what a run killed before it began would leave."""
+    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {".lock", "args.json.tmp"}):
+        raise InputError(
+            f"--out {out}: holds files already; choose another folder, or add --resume to continue its run"
+        )
 
 
 def saved_flags(out: Path) -> dict:
@@ -554,10 +557,8 @@ def run(args: argparse.Namespace, given: dict) -> None:
         raise InputError(f"--resume: no run to continue in --out {args.out}; name its folder")
     elif args.resume:
         fill_defaults(args)  # killed before it began: begin
-    if not resumed and not args.eval_only and holds_files(out):
-        raise InputError(
-            f"--out {out}: holds files already; choose another folder, or add --resume to continue its run"
-        )
+    if not resumed and not args.eval_only:
+        refuse_files(out)
     state = load_state(out) if resumed else None
     # A checkpoint's state and model are in one folder, whatever the links said when the run was killed. What lora saved
     # is merged: it goes on from the weights it began with.
@@ -635,6 +636,7 @@ def run(args: argparse.Namespace, given: dict) -> None:
 
     if not resumed:
         lock = open_run(out)  # noqa: F841 (held until the process ends)
+        refuse_files(out)  # of a run that began and ended while this one was loading
         with atomic_write(out / "args.json") as file:
             file.write(json.dumps(vars(args), indent=1).encode())
     metrics = Metrics(out / "metrics.jsonl", step if state else -1)
