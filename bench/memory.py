@@ -131,11 +131,12 @@ def describe(name: str, args: argparse.Namespace, result: dict) -> str:
     cells += [
         f"{result[key] / GIB:.2f}" if result[key] else "" for key in ("weights", "state", "predicted", "measured")
     ]
+    cells.append("█" * round((result["measured"] or result["predicted"]) / GIB / 2))
     return "| " + " | ".join(cells) + " |"
 
 
-HEADER = """| model | method | embeddings | batch x length | weights | optimizer state | peak, predicted | peak, measured on a GPU |
-|---|---|---|---|---|---|---|---|"""
+HEADER = """| model | method | embeddings | batch x length | weights | optimizer state | peak, predicted | peak, measured on a GPU | █ = 2 GiB |
+|---|---|---|---|---|---|---|---|---|"""
 TABLE = [  # model, method, embeddings, batch, length
     *(("llama2-7b", "owlore", embeddings, 1, 1024) for embeddings in ("full", "projected", "frozen")),
     *(("llama2-7b", "owlore", embeddings, 16, 512) for embeddings in ("full", "projected", "frozen")),

@@ -1,12 +1,13 @@
 """How fast training is: against the published recipe built from transformers and galore-torch, and against the machine.
 
-    steps      both hold the same weights and take turns in one process: tokens per second between refreshes, their ratio,
-               the share of the machine's matmul rate that is reached, and what a draw of new layers costs
+    steps      both sides hold the same weights and take turns in one process: tokens per second between refreshes and
+               their ratio, the share of the machine's matmul rate that is reached, and what a draw of new layers costs
     refresh    projection_basis, randomized beside the exact SVD: its time, and the energy that it captures
     growth     tokens per second and peak memory over width, depth, length and rank, and what they are spent on
 
-The peer is `LlamaForCausalLM` with gradient checkpointing, layers sampled by toggling `requires_grad`, and `GaLoreAdamW`
-on the matrices of the layers. Weights are random: speed does not depend on them. bench/requirements.txt is for `steps`.
+The peer is `LlamaForCausalLM` with gradient checkpointing, its layers sampled by toggling `requires_grad`, and
+`GaLoreAdamW` on the matrices of the layers. Weights are random: speed does not depend on them. Only `steps` needs
+bench/requirements.txt.
 
     python bench/speed.py steps                                                       two CPU cores, minutes
     python bench/speed.py steps --model llama2-7b --batch-size 16 --seq-len 512       a GPU with 80 GB
@@ -19,7 +20,7 @@ import datetime
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -34,14 +35,21 @@ from memory import GIB, MODELS, ROOT, LiveStorages, parse_shape  # noqa: E402  (
 
 import train  # noqa: E402
 from data import (  # noqa: E402
-    TINY, Dataset, InputError, Parser, atomic_write, build_dataset, load_records, load_tokenizer, run_command,
-)  # fmt: skip
+    TINY,
+    InputError,
+    Parser,
+    atomic_write,
+    build_dataset,
+    load_records,
+    load_tokenizer,
+    run_command,
+)
 from model import ModelConfig, Transformer, hf_config, load_model, permute_rotary, to_hf_name  # noqa: E402
 from owlore import LayerSampler, ProjectedAdam, projection_basis  # noqa: E402
 
 SHAPES = MODELS | {"small": ModelConfig(dim=512, n_layers=8, n_heads=8, vocab_size=4096, multiple_of=32)}
-RECIPE = dict(method="owlore", embeddings="full", update_gap=100, scale=1.0, lr=3e-4, weight_decay=0.0, svd="randomized")
-INTERVAL = 50  # steps between two draws, in the published recipe
+RECIPE = dict(method="owlore", embeddings="full", update_gap=100, scale=1, svd="randomized", lr=3e-4, weight_decay=0)
+INTERVAL = 50  # the recipe's steps between two draws
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # of a loss: bf16 has 8 bits, and the two round differently
 
 
@@ -75,8 +83,8 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
 
 
 def step_flops(config: ModelConfig, batch: int, length: int, active: int) -> tuple[int, int]:
-    """FLOP of a step's matmuls: those that the method asks for, and what recomputing every block adds. Projections, a few
-    percent more, are not counted."""
+    """FLOP of a step's matmuls: those that the method asks for, and those that recomputing all blocks adds.
+    Projections, a few percent more, are not counted."""
     tokens, width = batch * length, config.n_heads * config.head_dim
     w2, head = config.dim * config.hidden_dim, config.dim * config.vocab_size
     block = 2 * config.dim * (width + config.n_kv_heads * config.head_dim) + 3 * w2
@@ -103,7 +111,7 @@ def build_ours(config: ModelConfig, args: argparse.Namespace) -> tuple[Transform
 
 
 def build_peer(model: Transformer, args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The published recipe, with the weights of `model` and the same layers drawn. Raises InputError where it is missing."""
+    """The published recipe, with the weights of `model` and the same draw. Raises InputError for a missing package."""
     try:
         from galore_torch import GaLoreAdamW
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -152,7 +160,7 @@ def steps(args: argparse.Namespace) -> list[str]:
     with torch.no_grad():
         losses = [model(tokens, targets).item(), peer(input_ids=tokens, labels=tokens, use_cache=False).loss.item()]
     if not abs(losses[0] - losses[1]) <= TOLERANCE[args.dtype] * losses[0]:
-        raise InputError(f"the losses, {losses[0]:.6f} here and {losses[1]:.6f} in the peer, differ: not the same model")
+        raise InputError(f"the losses, {losses[0]:.6f} here and {losses[1]:.6f} in the peer, differ: not one model")
 
     rate = matmul_rate(args.dtype, device)
     ours()
@@ -204,43 +212,31 @@ def power_law(rows: int, columns: int, exponent: float) -> Tensor:
     return (torch.randn(rows, k) / rows**0.5 * torch.arange(1, k + 1) ** -exponent) @ torch.randn(k, columns)
 
 
-def text_gradient(model: Transformer, weight: Tensor, rows: int) -> Tensor:
-    """The gradient of one weight, on rows of 256 tokens of the embedded text."""
-    dataset: Dataset = build_dataset(load_records(TINY / "text.txt"), load_tokenizer(TINY), seq_len=256)
+def text_gradient(model: Transformer, weight: Tensor) -> Tensor:
+    """The gradient of one weight on 4096 tokens of the embedded text."""
+    dataset = build_dataset(load_records(TINY / "text.txt"), load_tokenizer(TINY), seq_len=256)
     model.requires_grad_(False)
     weight.requires_grad_()
-    model(*dataset.batch(slice(0, rows))).backward()
+    model(*dataset.batch(slice(0, 16))).backward()
     return weight.grad
 
 
 def block_gradient(rows: int, columns: int) -> Tensor:
-    """Of w1 in a one-block model as wide, with random weights: fp32 [rows, columns]. Its rank is at most that of the
-    4096 tokens it is made from."""
+    """Of w1 in a model of one block as wide, with random weights: fp32 [rows, columns]."""
     dim, hidden_dim = sorted((rows, columns))
-    config = ModelConfig(dim=dim, n_layers=1, n_heads=1, hidden_dim=hidden_dim, vocab_size=1024)
-    model = Transformer(config)
-    G = text_gradient(model, model.layers[0].feed_forward.w1.weight, 16)
+    model = Transformer(ModelConfig(dim=dim, n_layers=1, n_heads=1, hidden_dim=hidden_dim, vocab_size=1024))
+    G = text_gradient(model, model.layers[0].feed_forward.w1.weight)
     return G if G.shape == (rows, columns) else G.T
 
 
-def tiny_gradients() -> Iterator[Tensor]:
-    """Of every matrix in the layers of the embedded model, which is trained."""
-    model = load_model(TINY)
-    for weight in [w for w in model.layers.parameters() if w.dim() == 2]:
-        yield text_gradient(model, weight, 16)
-
-
-def energy_share(G: Tensor, P: Tensor) -> float:
-    """||G P||^2 as a share of what the exact basis captures, the sum of the largest eigenvalues of G^T G. (With G^T for G
-    where that is the taller one.)"""
-    G = (G if G.shape[0] >= G.shape[1] else G.T).double()
-    most = torch.linalg.eigvalsh(G.T @ G)[-P.shape[1] :].sum()
-    return ((G @ P.double()).square().sum() / most).item()
+def energy(G: Tensor, P: Tensor) -> float:
+    """||G P||^2, or ||P^T G||^2 where P is on the left."""
+    return (G.float() @ P if G.shape[1] == P.shape[0] else P.T @ G.float()).square().sum().item()
 
 
 def refresh(args: argparse.Namespace) -> list[str]:
     """Time and energy of the randomized basis beside the exact one."""
-    device, table, exact = args.device, [], None
+    device, table = args.device, []
     matrices = {
         "singular values fall as 1 / i": lambda: power_law(*args.shape, 1.0),
         "singular values fall as 1 / sqrt(i)": lambda: power_law(*args.shape, 0.5),
@@ -248,29 +244,37 @@ def refresh(args: argparse.Namespace) -> list[str]:
         "Gaussian noise, the worst case": lambda: torch.randn(args.shape),
     }
     for name, make in tqdm(matrices.items(), "matrices", leave=False, disable=None):
-        G = make().to(device, args.dtype)
-        P = projection_basis(G, args.rank)
-        times = [seconds(lambda: projection_basis(G, args.rank), device) for _ in range(args.rounds)]
-        if exact is None:  # once: its time hardly depends on the values
-            exact = seconds(lambda: projection_basis(G, args.rank, "exact"), device)
-        cells = [name, spread(times, ".3g"), f"{exact / median(times):.1f}", f"{energy_share(G, P):.5f}"]
+        G, bases = make().to(device, args.dtype), {}
+
+        def find(svd: str) -> None:
+            bases[svd] = projection_basis(G, args.rank, svd)
+
+        find("randomized")  # warm
+        times = [seconds(lambda: find("randomized"), device) for _ in range(args.rounds)]
+        exact = seconds(lambda: find("exact"), device)
+        share = energy(G, bases["randomized"]) / energy(G, bases["exact"])
+        cells = [name, spread(times, ".3g"), f"{exact:.3g}", f"{exact / median(times):.1f}", f"{share:.5f}"]
         table.append(f"| {' | '.join(cells)} |")
-    rank = load_model(TINY).config.dim // 16
-    shares = [energy_share(G, projection_basis(G, rank)) for G in tiny_gradients()]
+    model = load_model(TINY)
+    rank, shares = model.config.dim // 16, []
+    for weight in [w for w in model.layers.parameters() if w.dim() == 2]:
+        G = text_gradient(model, weight)
+        shares.append(energy(G, projection_basis(G, rank)) / energy(G, projection_basis(G, rank, "exact")))
     return [
-        f"A gradient of {args.shape[0]} x {args.shape[1]}, rank {args.rank}, {str(args.dtype)[6:]}; {args.rounds} runs. The "
-        f"exact SVD takes {exact:.3g} s (one run).",
+        f"A gradient of {args.shape[0]} x {args.shape[1]}, rank {args.rank}, {str(args.dtype)[6:]}: the basis of its "
+        f"projection, randomized (median of {args.rounds} runs, least to most) and by the exact SVD (one run).",
         "",
-        "| matrix | randomized, seconds: median (least to most) | times faster than exact | of the exact basis' energy |",
-        "|---|---|---|---|",
+        "| matrix | randomized, s | exact, s | times faster | energy, of the exact basis' |",
+        "|---|---|---|---|---|",
         *table,
         "",
-        f"The {len(shares)} gradients of the embedded model, which is trained, at rank {rank}: {spread(shares, '.5f')} of "
-        "the exact basis' energy.",
+        f"The {len(shares)} gradients of the embedded model, which is trained, at rank {rank}: energy "
+        f"{spread(shares, '.5f')}.",
     ]
 
 
-GROWTH = {"width": (128, 256, 512), "depth": (2, 4, 8), "length": (128, 256, 512), "rank": (8, 16, 32)}  # base: the second
+# The base has the second value of each; the others are taken one at a time.
+GROWTH = {"width": (128, 256, 512), "depth": (2, 4, 8), "length": (128, 256, 512), "rank": (8, 16, 32)}
 
 
 def growth(args: argparse.Namespace) -> list[str]:
@@ -309,13 +313,13 @@ def growth(args: argparse.Namespace) -> list[str]:
         cells += [f"{part / live.peak:.0%}" for part in (weights, state, live.peak - weights - state)]
         table.append(f"| {' | '.join(cells)} |")
     return [
-        f"Batch {args.batch_size}, vocabulary 4096, 5 of every 32 layers active, {str(args.dtype)[6:]}, blocks "
-        f"{'not ' * args.keep_activations}recomputed; medians of {args.rounds} steps between refreshes. Time goes into matmuls (at "
-        f"the {rate / 1e9:,.0f} GFLOP/s of large square ones), what else forward and backward take, and the optimizer's "
-        "step. Memory is the peak of all tensors over two draws; beside weights and optimizer state it is activations "
-        "and gradients.",
+        f"Batch {args.batch_size}, vocabulary {config.vocab_size}, 5 of every 32 layers active, {str(args.dtype)[6:]}, "
+        f"blocks {'not ' * args.keep_activations}recomputed, {args.rounds} steps between refreshes. Time goes into "
+        f"matmuls (at the {rate / 1e9:,.0f} GFLOP/s of large square ones), what else forward and backward do, and the "
+        "optimizer's step. Memory is the peak of all tensors over two draws: weights, optimizer state, and the rest, "
+        "which is activations and gradients.",
         "",
-        f"| {' | '.join(GROWTH)} | tokens/s | matmuls | other | step | peak, MiB | weights | state | activations |",
+        f"| {' | '.join(GROWTH)} | tokens/s | matmuls | other | optimizer | peak, MiB | weights | state | rest |",
         "|" + "---|" * 12,
         *table,
     ]
@@ -344,7 +348,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=("steps", "refresh", "growth"))
-    add("--model", default="small", help=f"for steps: {', '.join(SHAPES)} or a checkpoint folder (default: %(default)s)")
+    add("--model", default="small", help=f"for steps: {', '.join(SHAPES)} or a checkpoint (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="default: %(default)s")
     add("--seq-len", type=int, default=256, help="for steps (default: %(default)s)")
     add("--active", type=int, help="for steps: layers trained at a time (default: 5 of every 32)")
@@ -357,7 +361,7 @@ def main() -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--out", help="file for the table (default: bench/results/speed-WHAT-DEVICE.md)")
-    args = argparse.Namespace(**RECIPE | vars(parser.parse_args()))
+    args = argparse.Namespace(**RECIPE, **vars(parser.parse_args()))
     cuda = args.device.startswith("cuda")
     args.dtype = torch.bfloat16 if args.dtype == "bf16" or (args.dtype is None and cuda) else torch.float32
     args.config = SHAPES[args.model] if args.model in SHAPES else parse_shape(args.model)
