@@ -101,10 +101,10 @@ class ModelConfig:
         return 4096 if self.norm_eps >= 1e-5 else 2048  # LLaMA-2, LLaMA-1
 
 
-def rotary(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles (RoFormer, arXiv 2104.09864): pair i at position t turns by t * theta^(-2i/d).
+def rotary(config: ModelConfig, positions: Tensor) -> Tensor:
+    """e^(i angle) of the rotary angles (RoFormer, arXiv 2104.09864): pair i at position t turns by t * theta^(-2i/d).
 
-    positions: [T]. Returns two fp32 tensors [T, head_dim / 2].
+    positions: [T]. Returns complex64 [T, head_dim / 2].
     """
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
@@ -116,14 +116,14 @@ def rotary(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = keep * frequencies + (1 - keep) * frequencies / config.rope_scaling_factor
     angles = torch.outer(positions.float(), frequencies)
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring pairs (Meta's interleaved layout). x: [B, T, heads, head_dim]; cos, sin: [T, head_dim / 2]."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn neighbouring pairs (Meta's interleaved layout), each a complex number. x: [B, T, heads, head_dim]; rotation:
+    complex [T, head_dim / 2]."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).type_as(x)
 
 
 class LeanRMSNorm(torch.autograd.Function):
@@ -169,12 +169,13 @@ FUSED_RMS_NORM = hasattr(torch.ops.aten, "_fused_rms_norm_backward")  # torch ha
 
 
 class WeightGradient(torch.autograd.Function):
-    """The identity on y = x W^T; its backward pass gives W its gradient."""
+    """The identity on y = x W^T; its backward pass gives W its gradient, or what projects it the factors of that."""
 
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """y: [..., out], x: [..., in], weight: [out, in] -> y."""
         ctx.save_for_backward(x)
+        ctx.weight = weight
         return y
 
     @staticmethod
@@ -182,7 +183,11 @@ class WeightGradient(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor]:
         """dW = grad^T x, [out, in]."""
         (x,) = ctx.saved_tensors
-        return grad, None, grad.flatten(0, -2).T @ x.flatten(0, -2)
+        dY, X = grad.flatten(0, -2), x.flatten(0, -2)
+        project_product = getattr(ctx.weight, "project_product", None)  # owlore.ProjectedAdam's
+        if project_product is not None and project_product(dY, X):
+            return grad, None, None
+        return grad, None, dY.T @ X
 
 
 class Linear(nn.Linear):
@@ -233,11 +238,11 @@ class Attention(nn.Module):
         self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.wo = Linear(config.n_heads * config.head_dim, config.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache=None) -> Tensor:
         """x: [B, T, dim] -> [B, T, dim]. mask: bool [T, keys], or None for plain causal attention."""
         B, T, _ = x.shape
-        q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), cos, sin).transpose(1, 2)
-        k = rotate(self.wk(x).view(B, T, self.n_kv_heads, self.head_dim), cos, sin).transpose(1, 2)
+        q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), rotation).transpose(1, 2)
+        k = rotate(self.wk(x).view(B, T, self.n_kv_heads, self.head_dim), rotation).transpose(1, 2)
         v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self, k, v)
@@ -297,9 +302,9 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config)
         self.ffn_norm = RMSNorm(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache=None) -> Tensor:
         """x: [B, T, dim] -> [B, T, dim]."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
+        x = x + self.attention(self.attention_norm(x), rotation, mask, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -343,7 +348,7 @@ class Transformer(nn.Module):
         """tokens: int [B, T] -> what the output head reads: [B, T, dim]. A cache holds the tokens that came before."""
         T, start = tokens.shape[1], cache.length if cache else 0
         positions = torch.arange(start, start + T, device=tokens.device)
-        cos, sin = rotary(self.config, positions)
+        rotation = rotary(self.config, positions)
         window = self.config.sliding_window or start + T
         mask = None
         if start + T > window or (start > 0 and T > 1):
@@ -352,10 +357,11 @@ class Transformer(nn.Module):
             mask = (distance >= 0) & (distance < window)  # [T, start + T]
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
+            # The backward pass begins with the last block: its activations may as well stay.
+            if self.checkpoint_blocks and torch.is_grad_enabled() and layer is not self.layers[-1]:
+                x = checkpoint(layer, x, rotation, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, mask, cache)
+                x = layer(x, rotation, mask, cache)
         if cache:
             cache.length += T
         return self.norm(x)

@@ -14,6 +14,7 @@ Sampling on or off, projection on or off, gives four methods: full fine-tuning (
     python owlore.py --ckpt DIR --data FILE     shows the layers of a checkpoint
 """
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -203,29 +204,46 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     """Orthonormal basis of a gradient's leading directions on its smaller side (GaLore, arXiv 2403.03507).
 
     gradient: G [m, n]. Returns fp32 P: V_r [n, rank] where m >= n, U_r [m, rank] where m < n, of G = U S V^T.
-    svd: "exact", or "randomized" subspace iteration (Halko et al., arXiv 0909.4061, algorithm 4.4). Entries of G that are
+    svd: "exact", or "randomized" block Krylov iteration (Musco and Musco, arXiv 1504.05477). Entries of G that are
     not finite count as 0, which LAPACK would stop at.
     """
     G = gradient if gradient.shape[0] >= gradient.shape[1] else gradient.T  # [larger, smaller]: P spans its rows
     smaller = G.shape[1]
-    sketch = rank + OVERSAMPLING
-    if svd == "exact" or sketch >= smaller:
+    width = max(8, rank // 4)
+    if svd == "exact" or BLOCKS * width >= smaller:
         return torch.linalg.svd(G.float().nan_to_num(0, 0, 0), full_matrices=False).Vh[:rank].T.contiguous()
 
     def gram(X: Tensor) -> Tensor:
         """G^T G X without an fp32 copy of G. X: [smaller, k]."""
-        return sum(rows.T @ (rows @ X) for rows in (c.float().nan_to_num(0, 0, 0) for (c,) in row_chunks(G)))
+        return sum(rows.T @ (rows @ X) for rows in (c.float() for (c,) in row_chunks(G))).nan_to_num(0, 0, 0)
 
-    # Multiplying by G^T G turns any subspace towards the leading one; orthonormalising keeps its columns apart.
-    Q = torch.randn(smaller, sketch, device=G.device, dtype=torch.float32)
-    for _ in range(POWER_ITERATIONS):
-        Q = torch.linalg.qr(gram(Q)).Q
-    # Of the sketch's directions keep the `rank` best: leading eigenvectors of (G Q)^T (G Q), [sketch, sketch].
-    leading = torch.linalg.eigh(Q.T @ gram(Q)).eigenvectors.flip(1)[:, :rank]
-    return Q @ leading
+    # Block Krylov: K spans X, AX, A^2 X, ... of A = G^T G and a random X, all of which hold leading directions. Keeping
+    # them all takes half the products that iterating on the last alone does, for more energy.
+    K = orthonormal(torch.randn(smaller, width, device=G.device, dtype=torch.float32))
+    AK = gram(K)
+    for _ in range(BLOCKS - 1):
+        X = AK[:, -width:]
+        # Where K holds all of G's directions already, X has nothing new: noise gives it something to make a basis of.
+        X = X + 1e-6 * (X.std() + 1e-30) * torch.randn_like(X)
+        for _ in range(2):  # once leaves rounding errors along K
+            X = orthonormal(X - K @ (K.T @ X))
+        K, AK = torch.cat((K, X), dim=1), torch.cat((AK, gram(X)), dim=1)
+    # Of K's directions keep the `rank` best: leading eigenvectors of K^T A K, [BLOCKS * width] squared.
+    leading = torch.linalg.eigh(K.T @ AK).eigenvectors.flip(1)[:, :rank]
+    return K @ leading
 
 
-OVERSAMPLING, POWER_ITERATIONS = 16, 4
+BLOCKS = 9  # each a quarter of the rank wide: K is 2.25 times as wide as P
+
+
+def orthonormal(X: Tensor) -> Tensor:
+    """An orthonormal basis of X's columns, X L^-T with L L^T = X^T X (Cholesky QR): a few small products, where a GPU is
+    slow at Householder's QR. It squares X's condition number, for which fp64 has room.
+
+    X: fp32 [n, k], k linearly independent columns. Returns fp32 [n, k]."""
+    X = X.double()
+    L = torch.linalg.cholesky_ex(X.T @ X).L
+    return torch.linalg.solve_triangular(L, X.T, upper=False).T.float()
 
 
 def stochastic_round(x: Tensor) -> Tensor:
@@ -252,6 +270,9 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     P (`projection_basis`) is computed from the matrix's own gradient, anew every `update_gap` steps of that matrix
     (default 100); `scale` defaults to 1. A group without `rank` is plain AdamW.
+
+    A linear that has the factors of its gradient, G = dY^T X, may offer them to `weight.project_product(dY, X)` in place
+    of G: between refreshes G itself is then never made.
 
     Projection happens in the backward pass: once autograd has a matrix's gradient it is projected, added to what this
     step has accumulated, [m, rank] or [rank, n], and freed. `p.grad` of a projected parameter is therefore None after
@@ -298,8 +319,15 @@ class ProjectedAdam(torch.optim.Optimizer):
         optimizer = weakref.ref(self)  # the parameters must not keep a discarded optimizer, and its state, alive
 
         def project(parameter: Tensor) -> None:
-            if optimizer() is not None:
+            if (
+                optimizer() is not None and parameter.grad is not None
+            ):  # it is, where `project_product` has done its work
                 optimizer()._project(parameter, optimizer().param_groups[index])
+
+        def project_product(parameter: weakref.ref, dY: Tensor, X: Tensor) -> bool:
+            if optimizer() is None:
+                return False
+            return optimizer()._project_product(parameter(), optimizer().param_groups[index], dY, X)
 
         for parameter in group["params"]:
             if parameter.dim() != 2:
@@ -307,6 +335,22 @@ class ProjectedAdam(torch.optim.Optimizer):
             requires_grad = parameter.requires_grad
             parameter.requires_grad_().register_post_accumulate_grad_hook(project)  # kept while the parameter is frozen
             parameter.requires_grad_(requires_grad)
+            parameter.project_product = functools.partial(project_product, weakref.ref(parameter))
+
+    @torch.no_grad()
+    def _project_product(self, parameter: Tensor, group: dict, dY: Tensor, X: Tensor) -> bool:
+        """`_project` of G = dY^T X (dY: [tokens, m], X: [tokens, n]) without making G, at rank / n of the cost:
+        R = dY^T (X P) where m >= n, (dY P)^T X where m < n. False, and nothing done, where a new basis needs G itself."""
+        state = self.state[parameter]
+        if "basis" not in state or ("gradient" not in state and state.get("step", 0) % group["update_gap"] == 0):
+            return False
+        P = state["basis"].to(X.dtype)
+        R = dY.T @ (X @ P) if parameter.shape[0] >= parameter.shape[1] else (dY @ P).T @ X
+        if "gradient" in state:
+            state["gradient"] += R
+        else:
+            state["gradient"] = R.float()
+        return True
 
     @torch.no_grad()
     def _project(self, parameter: Tensor, group: dict) -> None:

@@ -799,6 +799,50 @@ def test_randomized_basis_captures_what_the_exact_one_does(shape):
     assert energy(projection_basis(G, 24)) >= 0.998 * energy(projection_basis(G, 24, "exact"))
 
 
+@pytest.mark.parametrize(
+    "kind", ["zero", "one direction", "few directions", "tiny", "huge", "one entry", "equal columns"]
+)
+def test_randomized_basis_of_degenerate_gradients_is_orthonormal_and_captures_them(kind):
+    torch.manual_seed(0)
+    G = {
+        "zero": torch.zeros(300, 200),
+        "one direction": torch.randn(300, 1) @ torch.randn(1, 200),
+        "few directions": torch.randn(300, 5) @ torch.randn(5, 200),
+        "tiny": 1e-14 * torch.randn(300, 5) @ torch.randn(5, 200),
+        "huge": 1e12 * torch.randn(300, 5) @ torch.randn(5, 200),
+        "one entry": torch.zeros(300, 200).index_put((torch.tensor(3), torch.tensor(7)), torch.tensor(1.0)),
+        "equal columns": torch.randn(300, 1).expand(300, 200),
+    }[kind]
+    for gradient in (G, G.T.contiguous(), G.bfloat16()):
+        P = projection_basis(gradient, 8)
+        assert P.shape == (200, 8)
+        torch.testing.assert_close(P.T @ P, torch.eye(8), rtol=0, atol=1e-4)
+        tall = (gradient if gradient.shape[0] == 300 else gradient.T).float()
+        # fp32 products of directions with up to 300 terms; bf16 rounding leaves its own noise beside the few directions
+        assert (tall - tall @ P @ P.T).norm() <= (1e-2 if gradient.dtype == torch.bfloat16 else 1e-4) * tall.norm()
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
+def test_products_are_projected_without_the_gradient_as_with_it(shape):
+    """model.Linear hands ProjectedAdam its two factors; a plain nn.Linear the gradient."""
+    torch.manual_seed(0)
+    ours, plain = model_module.Linear(shape[1], shape[0]), nn.Linear(shape[1], shape[0], bias=False)
+    plain.load_state_dict(ours.state_dict())
+    optimizers = [
+        ProjectedAdam([{"params": m.parameters(), "rank": 3, "update_gap": 4}], lr=0.05, svd="exact")
+        for m in (ours, plain)
+    ]
+    for step in range(10):
+        for _ in range(2):  # micro-batches
+            x = torch.randn(7, shape[1])
+            for linear, optimizer in zip((ours, plain), optimizers):
+                linear(x).square().sum().backward()
+                assert linear.weight.grad is None
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(ours.weight, plain.weight, rtol=1e-4, atol=1e-5, msg=str(step))
+
+
 def test_gradients_are_projected_and_freed_in_the_backward_pass():
     linear = nn.Linear(6, 9)
     optimizer = ProjectedAdam([{"params": [linear.weight], "rank": 2}, {"params": [linear.bias]}], lr=0.1)

@@ -28,9 +28,10 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -39,9 +40,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from memory import measure, parse_shape  # noqa: E402
+
 import train  # noqa: E402
 from data import InputError, Parser, atomic_write, load_tokenizer, run_command  # noqa: E402
-from memory import measure, parse_shape  # noqa: E402
 from owlore import ProjectedAdam, sampling_probabilities  # noqa: E402
 
 CACHE, RESULTS = ROOT / "runs" / "methods-cache.jsonl", ROOT / "bench" / "results"

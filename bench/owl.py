@@ -28,8 +28,8 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import torch
 import torch.nn as nn
@@ -41,7 +41,15 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from data import (  # noqa: E402
-    InputError, Parser, Record, atomic_write, build_dataset, load_records, load_tokenizer, run_command, split_records,
+    InputError,
+    Parser,
+    Record,
+    atomic_write,
+    build_dataset,
+    load_records,
+    load_tokenizer,
+    run_command,
+    split_records,
 )  # fmt: skip
 from model import Transformer, load_model  # noqa: E402
 from owlore import default_threshold, outlier_distribution  # noqa: E402

@@ -117,8 +117,9 @@ def build_peer(model: Transformer, args: argparse.Namespace) -> tuple[nn.Module,
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise InputError(f"steps: {error.name} is missing: pip install -r bench/requirements.txt") from None
+    config = AutoConfig.for_model(**hf_config(model))
     with torch.device(args.device):
-        peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(model)), attn_implementation="sdpa")
+        peer = AutoModelForCausalLM.from_config(config, dtype=args.dtype, attn_implementation="sdpa")
     weights = {}
     for name, weight in model.state_dict().items():
         if name.endswith(("wq.weight", "wk.weight")):
@@ -362,6 +363,9 @@ def main() -> None:
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--out", help="file for the table (default: bench/results/speed-WHAT-DEVICE.md)")
     args = argparse.Namespace(**RECIPE, **vars(parser.parse_args()))
+    for flag in ("batch_size", "seq_len", "active", "rank", "rounds", "steps"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
     cuda = args.device.startswith("cuda")
     args.dtype = torch.bfloat16 if args.dtype == "bf16" or (args.dtype is None and cuda) else torch.float32
     args.config = SHAPES[args.model] if args.model in SHAPES else parse_shape(args.model)
