@@ -357,8 +357,7 @@ class Transformer(nn.Module):
             mask = (distance >= 0) & (distance < window)  # [T, start + T]
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
-            # The backward pass begins with the last block: its activations may as well stay.
-            if self.checkpoint_blocks and torch.is_grad_enabled() and layer is not self.layers[-1]:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotation, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rotation, mask, cache)

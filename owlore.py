@@ -219,15 +219,15 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
 
     # Block Krylov: K spans X, AX, A^2 X, ... of A = G^T G and a random X, all of which hold leading directions. Keeping
     # them all takes half the products that iterating on the last alone does, for more energy.
-    K = orthonormal(torch.randn(smaller, width, device=G.device, dtype=torch.float32))
-    AK = gram(K)
-    for _ in range(BLOCKS - 1):
-        X = AK[:, -width:]
+    K, AK = torch.zeros(2, smaller, BLOCKS * width, device=G.device)
+    X = torch.randn(smaller, width, device=G.device)
+    for n in range(0, BLOCKS * width, width):
         # Where K holds all of G's directions already, X has nothing new: noise gives it something to make a basis of.
         X = X + 1e-6 * (X.std() + 1e-30) * torch.randn_like(X)
         for _ in range(2):  # once leaves rounding errors along K
-            X = orthonormal(X - K @ (K.T @ X))
-        K, AK = torch.cat((K, X), dim=1), torch.cat((AK, gram(X)), dim=1)
+            X = orthonormal(X - K[:, :n] @ (K[:, :n].T @ X))
+        K[:, n : n + width] = X
+        AK[:, n : n + width] = X = gram(X)
     # Of K's directions keep the `rank` best: leading eigenvectors of K^T A K, [BLOCKS * width] squared.
     leading = torch.linalg.eigh(K.T @ AK).eigenvectors.flip(1)[:, :rank]
     return K @ leading

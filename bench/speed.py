@@ -28,6 +28,7 @@ from statistics import median
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -82,18 +83,27 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
     return max(rates)
 
 
-def step_flops(config: ModelConfig, batch: int, length: int, active: int) -> tuple[int, int]:
-    """FLOP of a step's matmuls: those that the method asks for, and those that recomputing all blocks adds.
-    Projections, a few percent more, are not counted."""
-    tokens, width = batch * length, config.n_heads * config.head_dim
-    w2, head = config.dim * config.hidden_dim, config.dim * config.vocab_size
-    block = 2 * config.dim * (width + config.n_kv_heads * config.head_dim) + 3 * w2
-    attention = 2 * tokens * length * width  # q k^T and p v: 2 * tokens * length * width each, half of it masked
-    forward = 2 * tokens * (config.n_layers * block + head) + config.n_layers * attention
-    inputs = forward + config.n_layers * attention  # down to the embedding, which is trained; attention has two inputs
-    weights = 2 * tokens * (active * block + head)
-    # Recomputing stops before w2, whose result no gradient needs.
-    return forward + inputs + weights, config.n_layers * (2 * tokens * (block - w2) + attention)
+def needed_flops(config: ModelConfig, tokens: int, active: int, rank: int) -> int:
+    """FLOP of a step's matrix products with nothing recomputed and no more than the method asks for: through all layers
+    forward and backward, for embeddings are trained, and the projected gradients R = dY^T (X P) of the active ones.
+    Attention, a percent or two of a 7B, is left out."""
+    query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    shapes = [(config.dim, query)] * 2 + [(config.dim, key)] * 2 + [(config.dim, config.hidden_dim)] * 3
+    block, head = sum(m * n for m, n in shapes), config.dim * config.vocab_size
+    projected = rank * sum(m + n for m, n in shapes)
+    return 2 * tokens * (2 * (config.n_layers * block + head) + active * projected + head)
+
+
+def executed_flops(run: Callable[[], object]) -> int:
+    """FLOP of all matrix products but attention's that a call executes, the recomputed ones too."""
+    aten = torch.ops.aten
+
+    def addmm_(_, a: torch.Size, b: torch.Size, **kwargs) -> int:  # not one that the counter knows
+        return 2 * a[0] * a[1] * b[1]
+
+    with FlopCounterMode(display=False, custom_mapping={aten.addmm_: addmm_}) as counter:
+        run()
+    return sum(counter.get_flop_counts()["Global"].get(op, 0) for op in (aten.mm, aten.addmm, aten.addmm_, aten.bmm))
 
 
 def build_ours(config: ModelConfig, args: argparse.Namespace) -> tuple[Transformer, ProjectedAdam, LayerSampler]:
@@ -177,15 +187,15 @@ def steps(args: argparse.Namespace) -> list[str]:
             run()  # warm again, after the other side's turn
             times[side].append(seconds(lambda: [run() for _ in range(args.steps)], device) / args.steps)
 
-    flops, recomputed = step_flops(config, args.batch_size, args.seq_len, len(drawn))
-    executed = flops + recomputed * (not args.keep_activations), flops + recomputed
+    needed = needed_flops(config, tokens.numel(), len(drawn), args.rank)
+    executed = [executed_flops(run) for run in (ours, theirs)]
     step = [median(side) for side in times]
     extra = [max(0.0, a - b) for a, b in zip(first, step)]
     rows = {
         "tokens per second between refreshes": [spread([tokens.numel() / t for t in side], ",.0f") for side in times],
         "seconds per step between refreshes": [spread(side, ".3g") for side in times],
-        "share of the matmul rate, without recomputation": [f"{flops / t / rate:.1%}" for t in step],
-        "share of the matmul rate, with it": [f"{n / t / rate:.1%}" for n, t in zip(executed, step)],
+        "share of the matmul rate, products that the method needs": [f"{needed / t / rate:.1%}" for t in step],
+        "share of the matmul rate, all products executed": [f"{n / t / rate:.1%}" for n, t in zip(executed, step)],
         f"seconds to refresh {len(drawn)} new layers": [f"{t:.3g}" for t in extra],
         f"share of a run, all layers new every {INTERVAL} steps": [
             f"{e / (INTERVAL * t + e):.1%}" for e, t in zip(extra, step)
@@ -304,8 +314,7 @@ def growth(args: argparse.Namespace) -> list[str]:
             passes.append(seconds(gradients, args.device))
             updates.append(seconds(optimizer.step, args.device))
         passes, update = median(passes[1:]), median(updates[1:])
-        flops, recomputed = step_flops(config, args.batch_size, length, run.active)
-        matmuls = (flops + recomputed * (not args.keep_activations)) / rate
+        matmuls = executed_flops(gradients) / rate
         weights = sum(p.nbytes for p in model.parameters())
         state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
         cells = [*map(str, shape.values()), f"{tokens.numel() / (passes + update):,.0f}"]
