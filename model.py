@@ -13,6 +13,7 @@ reading checkpoints, writing them.
 """
 
 import ctypes
+import functools
 import json
 import math
 import mmap
@@ -246,9 +247,14 @@ class Attention(nn.Module):
         v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self, k, v)
-        # A single query may see every cached key, so only T > 1 needs the causal mask.
+        # torch's causal mask is for as many keys as queries. A single query may see every cached key: it needs none.
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.n_heads != self.n_kv_heads
+            q,
+            k,
+            v,
+            mask,
+            is_causal=mask is None and (cache is None or T > 1),
+            enable_gqa=self.n_heads != self.n_kv_heads,
         )  # [B, n_heads, T, head_dim]
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -343,6 +349,18 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02)
         if config.tie_word_embeddings:
             self.output.weight = self.tok_embeddings.weight
+
+    def compile_frozen_blocks(self) -> None:
+        """From now on run blocks by a compiled `Block.forward`, one for all, while they are frozen. An active one runs as it
+        is written: in its backward pass the optimizer takes the gradients, which a compiled one has no place for."""
+        compiled = torch.compile(Block.forward)
+
+        def forward(block: Block, *inputs) -> Tensor:
+            frozen = not any(parameter.requires_grad for parameter in block.parameters())
+            return (compiled if frozen else Block.forward)(block, *inputs)
+
+        for block in self.layers:
+            block.forward = functools.partial(forward, block)
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens: int [B, T] -> what the output head reads: [B, T, dim]. A cache holds the tokens that came before."""

@@ -5,6 +5,7 @@
 Tests that read the data in ../shared, or need an optional package, skip where it is absent.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -218,6 +219,30 @@ def test_recomputed_blocks_give_the_same_gradients():
         model(random_tokens(2, 9), random_tokens(2, 9, seed=2)).backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_compiled_frozen_blocks_give_the_same_gradients(checkpointing, monkeypatch):
+    # Inductor, torch's own code generator, would need a C++ compiler: what is tested here is the graph it would get.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    plain, compiled = build(), build()
+    compiled.compile_frozen_blocks()
+    for active, length in ((0, 9), (2, 9), (1, 7), (1, 12)):
+        losses = []
+        for model in (plain, compiled):
+            model.checkpoint_blocks = checkpointing
+            model.zero_grad()
+            for n, layer in enumerate(model.layers):
+                layer.requires_grad_(n == active)
+            loss = model(random_tokens(2, length), random_tokens(2, length, seed=2))
+            loss.backward()
+            losses.append(loss.item())
+        # the same operations, though fused products may round differently
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        for p, q in zip(plain.parameters(), compiled.parameters()):
+            assert (p.grad is None) == (q.grad is None) == (not p.requires_grad)
+            if p.requires_grad:
+                torch.testing.assert_close(q.grad, p.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -1154,6 +1179,18 @@ def test_every_method_runs_and_trains_what_it_should(
         assert torch.equal(p, q) != trained, name
 
 
+def test_compiling_changes_no_result(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
+    compile_blocks = functools.partial(torch.compile, backend="aot_eager")  # without a C++ compiler
+    monkeypatch.setattr(torch, "compile", compile_blocks)
+    losses = []
+    for name, more in (("plain", ()), ("compiled", ("--compile",))):
+        flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 6, "--interval", 2, *more)
+        code, _, error = run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / name)
+        assert code == 0, error
+        losses.append([row.get("loss", row.get("val_loss")) for row in read_metrics(tmp_path / name)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # rounding, carried on through six steps
+
+
 def test_rank_zero_is_owlore_without_projection(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
     flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 4, "--batch-size", 4, "--interval", 2)
     lisa = ("--method", "lisa", "--sampling", "outlier", "--active", 1)
@@ -1797,6 +1834,7 @@ def test_bad_data_is_refused(name, monkeypatch, capsys, checkpoint, tmp_path):
         (["--device", "abacus"], "--device"),
         (["--method", "magic"], "--method"),
         (["--method", "galore", "--active", "2"], "--active"),
+        (["--method", "full", "--compile"], "--compile"),
         (["--lr", "nan"], "--lr"),
         (["--batch-size", "0"], "--batch-size"),
         (["--sped", "1"], "--sped"),

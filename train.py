@@ -121,6 +121,12 @@ def flag_parser() -> Parser:
     add("--keep", type=int, default=1, help="checkpoints to keep (default: %(default)s, the newest)")
     add("--dtype", choices=("bf16", "fp32"), help="of weights and activations (default: bf16 on cuda, fp32 elsewhere)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="compile frozen blocks (torch.compile): minutes at first, less time later",
+    )
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--eval-only", action="store_true", help="evaluate --ckpt on the validation data, and end")
     add("--plot", nargs="+", metavar="RUN", help="draw the curves of these run folders over each other, into curves.png in the first of them or the file --out")  # fmt: skip
@@ -156,7 +162,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
             number += 1
             args.out = f"{name}-{number}"
     method = METHODS[args.method]
-    for flag in ("sampling", "active"):
+    for flag in ("sampling", "active", "compile"):
         if getattr(args, flag) is not None and not method.sampling:
             raise InputError(f"--{flag}: --method {args.method} trains all layers; leave it out, or use owlore or lisa")
     if args.lora_alpha is not None and args.method != "lora":
@@ -250,14 +256,17 @@ def accumulate_gradients(
     max_grad_norm: float,
 ) -> tuple[Tensor, Tensor]:
     """What an optimizer step needs. micro_batches: tokens, targets (int [B, T]) and this part's share of all targets, so
-    that the parts add up to the mean over the whole batch. Returns the loss and the gradients' norm before clipping."""
+    that the parts add up to the mean over the whole batch. Returns the loss and the gradients' norm before clipping; where
+    one of them is not finite, the optimizer's next step will change nothing."""
     optimizer.zero_grad()
     loss = 0.0
     for tokens, targets, share in micro_batches:
         part = model(tokens, targets) * share
         part.backward()  # projects each matrix's gradient as soon as it exists
         loss = loss + part.detach()
-    return loss, optimizer.clip_grad_norm_(max_grad_norm)
+    norm = optimizer.clip_grad_norm_(max_grad_norm)
+    optimizer.found_inf = ~torch.isfinite(loss + norm)
+    return loss, norm
 
 
 def memory_parts(model: Transformer, args: argparse.Namespace) -> dict[str, int]:
@@ -621,6 +630,9 @@ def run(args: argparse.Namespace, given: dict) -> None:
         outliers = state["outliers"] if state else outlier_distribution(model, model.layers, batches, args.threshold)
         probabilities = sampling_probabilities(outliers, args.sampling)
         sampler = LayerSampler(model.layers, probabilities, args.active, args.seed)
+        if args.compile:  # now that scoring, which looks into the blocks, is done
+            torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, with a warning
+            model.compile_frozen_blocks()
     # 3. Project
     optimizer = build_optimizer(model, args)
     step, skipped, bad = 0, 0, 0
@@ -694,7 +706,6 @@ def run(args: argparse.Namespace, given: dict) -> None:
         batches = reader.submit(read_batch, data, args, step + 1, device.startswith("cuda"))  # while this step computes
         try:
             loss, norm = accumulate_gradients(model, optimizer, micro_batches, args.max_grad_norm)
-            optimizer.found_inf = ~torch.isfinite(loss + norm)
             optimizer.step()
         except torch.OutOfMemoryError:
             raise InputError(f"--device {device}: out of memory in step {step}; {ways_to_save(model, args)}") from None

@@ -2,7 +2,8 @@
 
     steps      both sides hold the same weights and take turns in one process: tokens per second between refreshes and
                their ratio, the share of the machine's matmul rate that is reached, and what a draw of new layers costs
-    refresh    projection_basis, randomized beside the exact SVD: its time, and the energy that it captures
+    refresh    projection_basis, randomized beside the exact SVD: its time, and the energy that it captures; and two ways
+               to make it faster that it does not use, a warm start and batches
     growth     tokens per second and peak memory over width, depth, length and rank, and what they are spent on
 
 The peer is `LlamaForCausalLM` with gradient checkpointing, its layers sampled by toggling `requires_grad`, and
@@ -25,6 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -46,7 +48,7 @@ from data import (  # noqa: E402
     run_command,
 )
 from model import ModelConfig, Transformer, hf_config, load_model, permute_rotary, to_hf_name  # noqa: E402
-from owlore import LayerSampler, ProjectedAdam, projection_basis  # noqa: E402
+from owlore import LayerSampler, ProjectedAdam, orthonormal, projection_basis  # noqa: E402
 
 SHAPES = MODELS | {"small": ModelConfig(dim=512, n_layers=8, n_heads=8, vocab_size=4096, multiple_of=32)}
 RECIPE = dict(method="owlore", embeddings="full", update_gap=100, scale=1, svd="randomized", lr=3e-4, weight_decay=0)
@@ -114,6 +116,8 @@ def build_ours(config: ModelConfig, args: argparse.Namespace) -> tuple[Transform
         model = Transformer(config)
     torch.set_default_dtype(torch.float32)
     model.checkpoint_blocks = not args.keep_activations
+    if args.compile:
+        model.compile_frozen_blocks()
     optimizer = train.build_optimizer(model, args)
     sampler = LayerSampler(model.layers, torch.ones(config.n_layers), args.active, args.seed)
     sampler.resample()
@@ -205,7 +209,7 @@ def steps(args: argparse.Namespace) -> list[str]:
     return [
         f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, {args.batch_size} x "
         f"{args.seq_len} tokens, {str(args.dtype)[6:]}, {len(drawn)} of {config.n_layers} layers active, rank "
-        f"{args.rank}, blocks recomputed {recompute}, {args.rounds} rounds of {args.steps} steps. Square matmuls reach "
+        f"{args.rank}, blocks recomputed {recompute}{', frozen ones here compiled' * args.compile}, {args.rounds} rounds of {args.steps} steps. Square matmuls reach "
         f"{rate / 1e12:.3g} TFLOP/s. Loss of the first batch: {losses[0]:.5f} and {losses[1]:.5f}.",
         "",
         f"**Ratio of the median tokens per second: {step[1] / step[0]:.2f}**; in a round "
@@ -281,6 +285,66 @@ def refresh(args: argparse.Namespace) -> list[str]:
         "",
         f"The {len(shares)} gradients of the embedded model, which is trained, at rank {rank}: energy "
         f"{spread(shares, '.5f')}.",
+        "",
+        *warm_start(args),
+        "",
+        *batched(args),
+    ]
+
+
+def warm_basis(G: Tensor, P: Tensor) -> Tensor:
+    """One subspace iteration from the basis before, on the right: an orthonormal basis of G^T G P."""
+    return orthonormal(G.T @ (G @ P))
+
+
+def warm_start(args: argparse.Namespace) -> list[str]:
+    """What the basis before is worth as the beginning of the next, when training has gone on for some steps."""
+    rank, table = load_model(TINY).config.dim // 16, []
+    for gap in tqdm((10, 50, 100), "gaps", leave=False, disable=None):
+        model = load_model(TINY)
+        dataset = build_dataset(load_records(TINY / "text.txt"), load_tokenizer(TINY), seq_len=256)
+        optimizer = ProjectedAdam([{"params": list(model.parameters())}], lr=1e-3)
+        weights = [w for w in model.layers.parameters() if w.dim() == 2 and w.shape[0] >= w.shape[1]]
+
+        def gradients(step: int) -> list[Tensor]:
+            optimizer.zero_grad()
+            model(*dataset.batch(np.arange(4 * step, 4 * step + 4) % len(dataset.rows))).backward()
+            return [w.grad.clone() for w in weights]
+
+        bases = [projection_basis(G, rank, "exact") for G in gradients(0)]
+        for step in range(gap):
+            gradients(step)
+            optimizer.step()
+        shares = {"no refresh": [], "warm start": [], "randomized, from nothing": []}
+        for G, P in zip(gradients(gap), bases):
+            best = energy(G, projection_basis(G, rank, "exact"))
+            for name, basis in zip(shares, (P, warm_basis(G, P), projection_basis(G, rank))):
+                shares[name].append(energy(G, basis) / best)
+        table.append(f"| {' | '.join([str(gap), *(spread(share, '.4f') for share in shares.values())])} |")
+    G, P = torch.randn(args.shape, device=args.device), torch.randn(min(args.shape), args.rank, device=args.device)
+    G = G if args.shape[0] >= args.shape[1] else G.T
+    warm = [seconds(lambda: warm_basis(G, P), args.device) for _ in range(args.rounds)]
+    return [
+        f"Warm start: one subspace iteration from the basis of some steps before. On {args.shape[0]} x {args.shape[1]} it "
+        f"takes {spread(warm, '.3g')} s. The embedded model's gradients (4 rows of text) after as many steps of training, "
+        f"rank {rank}, energy of the exact basis':",
+        "",
+        f"| steps | {' | '.join(shares)} |",
+        "|---|---|---|---|",
+        *table,
+    ]
+
+
+def batched(args: argparse.Namespace) -> list[str]:
+    """The products that a refresh consists of, for four matrices of one shape together and one by one."""
+    G = torch.randn(4, *sorted(args.shape, reverse=True), device=args.device, dtype=args.dtype)
+    X = torch.randn(4, min(args.shape), args.rank // 4, device=args.device, dtype=args.dtype)
+    runs = {"together": lambda: G.mT @ (G @ X), "one by one": lambda: [g.T @ (g @ x) for g, x in zip(G, X)]}
+    times = {name: [seconds(run, args.device) for _ in range(args.rounds)] for name, run in runs.items()}
+    listed = ", ".join(f"{name} {spread(values, '.3g')} s" for name, values in times.items())
+    return [
+        f"Batches: the product G^T G X of four such matrices, {args.rank // 4} columns: {listed}. Together they would need "
+        f"all four gradients at once, {G.nbytes / 2**20:,.0f} MiB, which are otherwise freed one after the other."
     ]
 
 
@@ -365,6 +429,7 @@ def main() -> None:
     add("--rank", type=int, help="default: dim / 16; for refresh 256")
     add("--shape", type=int, nargs=2, default=(4096, 11008), help="for refresh (default: 4096 11008)")
     add("--keep-activations", action="store_true", help="recompute no blocks here, as train.py where memory allows it")
+    add("--compile", action="store_true", help="compile this project's frozen blocks, as train.py --compile does")
     add("--rounds", type=int, default=5, help="times that everything is measured (default: %(default)s)")
     add("--steps", type=int, default=3, help="for steps: of either side in a round (default: %(default)s)")
     add("--dtype", choices=("bf16", "fp32"), help="default: bf16 on cuda, fp32 elsewhere")
