@@ -545,29 +545,49 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 BAD_STEPS = 10  # in a row, whose loss or gradients are not finite, end the run
 
 
-def run(args: argparse.Namespace, given: dict) -> None:
-    """The whole run: load, score, sample, train, evaluate, save, report. given: the flags of the command line alone."""
+def resolve_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, IO | None]:
+    """The run's flags, those that depend on the model excepted, and the lock of its folder where it is one to continue: it
+    has the flags that it began with. given: the flags of the command line alone. Raises InputError where they disagree."""
     if not args.resume:
         fill_defaults(args)
     elif args.out is None:
         raise InputError("--resume: name the run's folder with --out")
     out = Path(args.out)
-    resumed = args.resume and (out / "args.json").exists()
-    if resumed:
-        lock = open_run(out)
-        flags = saved_flags(out)
+    if args.resume and (out / "args.json").exists():
+        lock, flags = open_run(out), saved_flags(out)
         for flag, value in given.items():
             if flag not in ("resume", "out") and value != flags[flag]:
-                raise InputError(
-                    f"--{flag.replace('_', '-')} {value}: the run in {out} has {flags[flag]}; leave the flag out"
-                )
-        args = argparse.Namespace(**flags | {"out": args.out})
-    elif args.resume and not given.keys() & {"ckpt", "data"}:
+                name = flag.replace("_", "-")
+                raise InputError(f"--{name} {value}: the run in {out} has {flags[flag]}; leave the flag out")
+        return argparse.Namespace(**flags | {"out": args.out}), lock
+    if args.resume and not given.keys() & {"ckpt", "data"}:
         raise InputError(f"--resume: no run to continue in --out {args.out}; name its folder")
-    elif args.resume:
+    if args.resume:
         fill_defaults(args)  # killed before it began: begin
-    if not resumed and not args.eval_only:
+    if not args.eval_only:
         refuse_files(out)
+    return args, None
+
+
+def catch_signals() -> list[int]:
+    """From now on the first SIGINT or SIGTERM is only noted, in the list returned; a second one ends the process."""
+    caught: list[int] = []
+
+    def on_signal(number: int, _) -> None:
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+        tqdm.write("stopping after this step, to save; once more to stop at once")
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, on_signal)
+    return caught
+
+
+def run(args: argparse.Namespace, given: dict) -> None:
+    """The whole run: load, score, sample, train, evaluate, save, report. given: the flags of the command line alone."""
+    args, lock = resolve_run(args, given)
+    out, resumed = Path(args.out), lock is not None
     state = load_state(out) if resumed else None
     # A checkpoint's state and model are in one folder, whatever the links said when the run was killed. What lora saved
     # is merged: it goes on from the weights it began with.
@@ -680,16 +700,7 @@ def run(args: argparse.Namespace, given: dict) -> None:
         before = after = evaluate()
         metrics.log(step=0, **before)
 
-    signals: list[int] = []
-
-    def on_signal(number: int, _) -> None:
-        if signals:
-            os._exit(128 + number)
-        signals.append(number)
-        tqdm.write("stopping after this step, to save; once more to stop at once")
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, on_signal)
+    signals = catch_signals()
     reader = ThreadPoolExecutor(1)
     batches = reader.submit(read_batch, data, args, step, device.startswith("cuda"))
     bar = tqdm(total=steps, initial=step, desc="training", dynamic_ncols=True)

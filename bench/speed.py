@@ -4,6 +4,7 @@
                their ratio, the share of the machine's matmul rate that is reached, and what a draw of new layers costs
     refresh    projection_basis, randomized beside the exact SVD: its time, and the energy that it captures; and two ways
                to make it faster that it does not use, a warm start and batches
+    tokenise   100 MB of text: the time and memory of the first run, and the time of the next
     growth     tokens per second and peak memory over width, depth, length and rank, and what they are spent on
 
 The peer is `LlamaForCausalLM` with gradient checkpointing, its layers sampled by toggling `requires_grad`, and
@@ -13,18 +14,22 @@ bench/requirements.txt.
     python bench/speed.py steps                                                       two CPU cores, minutes
     python bench/speed.py steps --model llama2-7b --batch-size 16 --seq-len 512       a GPU with 80 GB
     python bench/speed.py refresh
+    python bench/speed.py tokenise --model ../shared/tokenizers/llama2
     python bench/speed.py growth
 """
 
 import argparse
 import datetime
+import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -41,8 +46,10 @@ from data import (  # noqa: E402
     TINY,
     InputError,
     Parser,
+    Record,
     atomic_write,
     build_dataset,
+    load_dataset,
     load_records,
     load_tokenizer,
     run_command,
@@ -348,6 +355,23 @@ def batched(args: argparse.Namespace) -> list[str]:
     ]
 
 
+def tokenise(args: argparse.Namespace) -> list[str]:
+    """A long text through `load_dataset`, twice: the second time it is on disk."""
+    sample = load_records(TINY / "text.txt")[0].turns[0][1]
+    text = (sample * (args.megabytes * 10**6 // len(sample.encode()) + 1))[: args.megabytes * 10**6]
+    records, tokenizer = [Record([("", text)], plain=True)], load_tokenizer(args.model)
+    before = train.peak_memory("cpu")
+    with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, XDG_CACHE_HOME=cache):
+        datasets = []
+        times = [seconds(lambda: datasets.append(load_dataset(records, tokenizer, args.seq_len)), "cpu") for _ in "12"]
+    return [
+        f"{args.megabytes} MB of plain text (that of tiny/, over and over) by the tokenizer of {args.model} "
+        f"({tokenizer.vocab_size:,} tokens): {len(datasets[0].ids):,} tokens in {times[0]:.1f} s, "
+        f"{args.megabytes / times[0]:.1f} MB/s, on {os.cpu_count()} cores. Beside the text and what was there before, memory "
+        f"rose by {(train.peak_memory('cpu') - before) / 2**20:,.0f} MiB. The next run has them from disk in {times[1]:.2f} s."
+    ]
+
+
 # The base has the second value of each; the others are taken one at a time.
 GROWTH = {"width": (128, 256, 512), "depth": (2, 4, 8), "length": (128, 256, 512), "rank": (8, 16, 32)}
 
@@ -421,10 +445,15 @@ def main() -> None:
     """Measure, print the table and write it."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("steps", "refresh", "growth"))
-    add("--model", default="small", help=f"for steps: {', '.join(SHAPES)} or a checkpoint (default: %(default)s)")
+    add("what", choices=("steps", "refresh", "tokenise", "growth"))
+    add(
+        "--model",
+        default="small",
+        help=f"for steps: {', '.join(SHAPES)} or a checkpoint (default: %(default)s); for tokenise a checkpoint or tokenizer",
+    )
     add("--batch-size", type=int, default=4, help="default: %(default)s")
-    add("--seq-len", type=int, default=256, help="for steps (default: %(default)s)")
+    add("--seq-len", type=int, default=256, help="for steps and tokenise (default: %(default)s)")
+    add("--megabytes", type=int, default=100, help="for tokenise (default: %(default)s)")
     add("--active", type=int, help="for steps: layers trained at a time (default: 5 of every 32)")
     add("--rank", type=int, help="default: dim / 16; for refresh 256")
     add("--shape", type=int, nargs=2, default=(4096, 11008), help="for refresh (default: 4096 11008)")
@@ -437,16 +466,18 @@ def main() -> None:
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--out", help="file for the table (default: bench/results/speed-WHAT-DEVICE.md)")
     args = argparse.Namespace(**RECIPE, **vars(parser.parse_args()))
-    for flag in ("batch_size", "seq_len", "active", "rank", "rounds", "steps"):
+    for flag in ("batch_size", "seq_len", "active", "rank", "rounds", "steps", "megabytes"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
     cuda = args.device.startswith("cuda")
     args.dtype = torch.bfloat16 if args.dtype == "bf16" or (args.dtype is None and cuda) else torch.float32
-    args.config = SHAPES[args.model] if args.model in SHAPES else parse_shape(args.model)
+    if args.what == "tokenise":
+        args.model = str(TINY) if args.model in SHAPES else args.model
+    args.config = SHAPES.get(args.model) or (SHAPES["small"] if args.what == "tokenise" else parse_shape(args.model))
     args.active = args.active or -(-5 * args.config.n_layers // 32)
     args.rank = args.rank or (256 if args.what == "refresh" else args.config.dim // 16)
     torch.manual_seed(args.seed)
-    lines = {"steps": steps, "refresh": refresh, "growth": growth}[args.what](args)
+    lines = {"steps": steps, "refresh": refresh, "tokenise": tokenise, "growth": growth}[args.what](args)
     command = f"python bench/speed.py {' '.join(sys.argv[1:])}"
     lines = [f"# Speed: {args.what}", "", f"`{command}`, {datetime.date.today()}, {machine(args.device)}.", "", *lines]
     print("\n".join(lines))
