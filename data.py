@@ -123,8 +123,9 @@ class SentencePieceTokenizer:
         self.hf_settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        """Token ids of a text, between the marks asked for."""
-        return [self.bos_id] * bos + self.model.encode(text) + [self.eos_id] * eos
+        """Token ids of a text, between the marks asked for, of which the tokenizer may have none."""
+        marks = [self.bos_id] * (bos and self.bos_id >= 0), [self.eos_id] * (eos and self.eos_id >= 0)
+        return marks[0] + self.model.encode(text) + marks[1]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of many texts, without marks, on all cores."""
@@ -143,13 +144,7 @@ class TiktokenTokenizer:
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     )
-    SPECIAL = {
-        "<|begin_of_text|>": 0,
-        "<|end_of_text|>": 1,
-        "<|start_header_id|>": 6,
-        "<|end_header_id|>": 7,
-        "<|eot_id|>": 9,
-    }
+    SPECIAL = {"begin_of_text": 0, "end_of_text": 1, "start_header_id": 6, "end_header_id": 7, "eot_id": 9}
 
     def __init__(self, path: Path):
         try:
@@ -163,12 +158,12 @@ class TiktokenTokenizer:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
             if int(rank) != number or len(ranks) != number + 1:
                 raise ValueError(f"line {number + 1} does not hold rank {number}")
-        special = {name: len(ranks) + offset for name, offset in self.SPECIAL.items()}
+        special = {f"<|{name}|>": len(ranks) + offset for name, offset in self.SPECIAL.items()}
         self.model = tiktoken.Encoding(path.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special)
         self.ranks, self.vocab_size = len(ranks), len(ranks) + 256
         self.bos_id, self.eos_id = special["<|begin_of_text|>"], special["<|end_of_text|>"]
-        self.hf_settings = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-        self.hf_settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        marks = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+        self.hf_settings = marks | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of a text, between the marks asked for."""
@@ -258,6 +253,9 @@ PREAMBLE = (
 INSTRUCTION, INPUT, RESPONSE = "### Instruction:\n{}\n\n", "### Input:\n{}\n\n", "### Response:\n"
 
 
+KNOWN = "instruction + output, prompt + completion, prompt + choices + answer, messages, input + output, text"
+
+
 def alpaca_prompt(instruction: str, context: str = "") -> str:
     """The text that the response to an instruction continues."""
     if not context:
@@ -270,6 +268,7 @@ def parse_record(record: object) -> Record:
     """Tell a record's type by its keys. Raises ValueError, saying why, where it is of none of the known types."""
     if not isinstance(record, dict):
         raise ValueError(f"a record must be a JSON object, this is {json.dumps(record)[:40]}")
+    json.dumps(record, ensure_ascii=False).encode()  # UnicodeEncodeError, a ValueError, for half a surrogate pair
 
     def text(key: str, default: str | None = None) -> str:
         value = record.get(key, default)
@@ -305,10 +304,7 @@ def parse_record(record: object) -> Record:
         return Record([(text("input"), text("output"))])
     if "text" in keys:
         return Record([("", text("text"))], plain=True)
-    raise ValueError(
-        f"unknown record with keys {', '.join(sorted(keys))[:80] or '(none)'}; known are: instruction + output, "
-        "prompt + completion, prompt + choices + answer, messages, input + output, text"
-    )
+    raise ValueError(f"unknown record with keys {', '.join(sorted(keys))[:80] or '(none)'}; known: {KNOWN}")
 
 
 def parse_messages(messages: object) -> list[tuple[str, str]]:
@@ -375,12 +371,9 @@ def encode_turn(tokenizer: Tokenizer, prompt: str, completion: str, bos: bool, e
     The two are tokenised together, as at inference a model's own tokens would follow the prompt's; a token that spans
     the border belongs to the completion.
     """
-    ids = tokenizer.encode(prompt + completion, bos=bos and tokenizer.bos_id >= 0, eos=eos and tokenizer.eos_id >= 0)
-    if prompt:
-        context = tokenizer.encode(prompt, bos=bos and tokenizer.bos_id >= 0)
-        border = next((i for i, (a, b) in enumerate(zip(context, ids)) if a != b), len(context))
-    else:
-        border = int(bos)
+    ids = tokenizer.encode(prompt + completion, bos, eos)
+    context = tokenizer.encode(prompt, bos) if prompt else ids[:bos]
+    border = next((i for i, (a, b) in enumerate(zip(context, ids)) if a != b), len(context))
     return [~i for i in ids[:border]] + ids[border:]
 
 
@@ -462,11 +455,9 @@ def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int, eos
             marks = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], dtype=np.int32)
             stream += [~marks[0, :bos], encode_long(tokenizer, record.turns[0][1]), marks[1, :end]]
             continue
-        row = [
-            i
-            for n, (prompt, completion) in enumerate(record.turns)
-            for i in encode_turn(tokenizer, prompt, completion, bos=n == 0, eos=eos)
-        ]
+        row = []
+        for prompt, completion in record.turns:
+            row += encode_turn(tokenizer, prompt, completion, bos=not row, eos=eos)
         truncated += len(row) > seq_len + 1
         row = fit(row, seq_len + 1)
         ids.append(np.array(row, dtype=np.int32))
@@ -477,9 +468,7 @@ def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int, eos
     rows += [(position + n, position + min(n + seq_len + 1, length)) for n in range(0, length - 1, seq_len)]
     if not rows:
         raise InputError("--data: too short: not two tokens of text in a row")
-    return Dataset(
-        np.concatenate([*ids, *stream]), np.array(rows).reshape(-1, 2), [r for r in records if r.choices], truncated
-    )
+    return Dataset(np.concatenate(ids + stream), np.array(rows), [r for r in records if r.choices], truncated)
 
 
 KEPT_FROM = 2**20  # characters; less is tokenised again as fast as read
@@ -526,8 +515,6 @@ def split_records(records: list[Record], share: float, most: int, seed: int) -> 
         return [Record([("", text[:cut])], plain=True)], [Record([("", text[cut:])], plain=True)]
     held = min(max(1, round(len(records) * share)), most)
     if held >= len(records):
-        raise InputError(
-            "--data: one record cannot be split into training and validation; add records or give --val-data"
-        )
+        raise InputError("--data: one record cannot be split for validation; add records or give --val-data")
     order = np.random.default_rng(seed).permutation(len(records))
     return [records[i] for i in sorted(order[held:])], [records[i] for i in sorted(order[:held])]

@@ -186,7 +186,7 @@ class WeightGradient(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         dY, X = grad.flatten(0, -2), x.flatten(0, -2)
         project_product = getattr(ctx.weight, "project_product", None)  # owlore.ProjectedAdam's
-        if project_product is not None and project_product(dY, X):
+        if project_product is not None and project_product(ctx.weight, dY, X):
             return grad, None, None
         return grad, None, dY.T @ X
 
@@ -247,16 +247,10 @@ class Attention(nn.Module):
         v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self, k, v)
-        # torch's causal mask is for as many keys as queries. A single query may see every cached key: it needs none.
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            mask,
-            is_causal=mask is None and (cache is None or T > 1),
-            enable_gqa=self.n_heads != self.n_kv_heads,
-        )  # [B, n_heads, T, head_dim]
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+        # torch's causal mask needs as many keys as queries. A single query on a cache sees every key: it needs none.
+        causal, grouped = mask is None and (cache is None or T > 1), self.n_heads != self.n_kv_heads
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+        return self.wo(y.transpose(1, 2).reshape(B, T, -1))  # y: [B, n_heads, T, head_dim]
 
 
 class SwiGLU(torch.autograd.Function):
@@ -389,7 +383,8 @@ class Transformer(nn.Module):
         hidden = self.hidden(tokens, cache)
         if targets is None:
             return self.output(hidden)
-        return ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self.output.weight, targets.flatten())
+        head = self.output.weight if torch.is_grad_enabled() else self.output.weight.detach()
+        return ChunkedCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten())
 
 
 def add_lora(model: Transformer, rank: int, alpha: float) -> None:
@@ -445,16 +440,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return *(None if grad is None else grad.mul_(grad_loss) for grad in grads), None
 
 
-def stream(
-    model: Transformer, tokens: Tensor, max_new_tokens: int, temperature: float, top_p: float
-) -> Iterator[Tensor]:
+def stream(model: Transformer, tokens: Tensor, max_new_tokens: int, temperature: float, top_p: float) -> Iterator:
     """`generate`, one step at a time: yields int [B], max_new_tokens times."""
     if tokens.shape[1] < 1:
         raise ValueError("generation needs at least one token to begin with: the BOS token, say")
     if tokens.shape[1] + max_new_tokens > model.config.max_seq_len:
-        raise ValueError(
-            f"{tokens.shape[1]} + {max_new_tokens} tokens exceed the model's context of {model.config.max_seq_len}"
-        )
+        raise ValueError(f"{tokens.shape[1]} + {max_new_tokens} tokens exceed the context, {model.config.max_seq_len}")
     cache = KVCache(tokens.shape[1] + max_new_tokens)
     for _ in range(max_new_tokens):
         with torch.no_grad():  # entered at each step: a generator must not leave it set for its caller
@@ -526,36 +517,29 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             raise InputError(f"{path}: header of {start - 8} bytes in a file of {size}: truncated; fetch it again")
         try:
             header = json.loads(file.read(start - 8))
-            header.pop("__metadata__", None)
+            header = {name: entry for name, entry in header.items() if name != "__metadata__"}
         except (ValueError, AttributeError, RecursionError):
-            raise InputError(
-                f"{path}: its header is not the JSON object of a safetensors file; fetch it again"
-            ) from None
+            raise InputError(f"{path}: its header is not a safetensors file's JSON; fetch it again") from None
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             count = math.prod(shape)
-            if not all(type(n) is int and n > 0 for n in shape) or not 0 <= begin <= end <= size - start:
-                raise ValueError
-            if end - begin != count * dtype.itemsize:
+            whole = all(type(n) is int for n in (*shape, begin, end)) and all(n > 0 for n in shape)
+            if not whole or not 0 <= begin <= end <= size - start or end - begin != count * dtype.itemsize:
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            raise InputError(
-                f"{path}: the header's entry for {name[:80]!r} is not a float tensor within the file's {size} bytes; "
-                "the file is truncated, altered or quantized: fetch the original"
-            ) from None
-        tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=count, offset=start + begin).view(shape)
+            what = f"{name[:80]!r} is not a float tensor within its {size} bytes"
+            raise InputError(f"{path}: {what}: truncated, altered or quantized; fetch the original") from None
+        tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=count, offset=start + begin).view(tuple(shape))
     return tensors
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Map a `.pth` or `.bin` state dict. Only tensors are unpickled: code in the file is refused, never run."""
     if not zipfile.is_zipfile(path):
-        raise InputError(
-            f"{path}: damaged, truncated or saved by torch < 1.6; fetch it again or save it with a newer torch"
-        )
+        raise InputError(f"{path}: damaged, truncated or saved by torch < 1.6; fetch it again")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
@@ -596,10 +580,9 @@ def read_meta(path: Path) -> tuple[dict, dict[str, list[Tensor]]]:
     for number, file in enumerate(files):
         if file.stem not in ("consolidated", f"consolidated.{number:02}"):
             raise InputError(f"{path}: shard consolidated.{number:02}{file.suffix} is missing; fetch it again")
-    shards = [read_tensors(file) for file in files]
     pieces: dict[str, list[Tensor]] = {}
-    for shard in shards:
-        for name, tensor in shard.items():
+    for file in files:
+        for name, tensor in read_tensors(file).items():
             pieces.setdefault(name, []).append(tensor)
     pieces.pop("rope.freqs", None)
     if params.get("vocab_size", -1) == -1 and "output.weight" in pieces:
@@ -607,11 +590,9 @@ def read_meta(path: Path) -> tuple[dict, dict[str, list[Tensor]]]:
     # Training code leaves its own settings in params.json; only these are known not to change the model.
     for name in ("max_batch_size", "dropout", "model_type"):
         params.pop(name, None)
-    embedding, output = (pieces.get(name) for name in ("tok_embeddings.weight", "output.weight"))
-    if output is None or (
-        # LLaMA-3.2 is tied, and its raw file holds the matrix twice.
-        embedding and len(files) == 1 and torch.equal(embedding[0], output[0])
-    ):
+    # LLaMA-3.2 is tied, and its raw file holds the matrix twice.
+    embedding, output = (pieces.get(name, []) for name in ("tok_embeddings.weight", "output.weight"))
+    if not output or (len(embedding) == len(output) == 1 and torch.equal(embedding[0], output[0])):
         pieces.pop("output.weight", None)
         params["tie_word_embeddings"] = True
     return params, pieces
@@ -660,9 +641,7 @@ def read_hf(path: Path) -> tuple[dict, dict[str, list[Tensor]]]:
             weight_map = read_config(path / index).get("weight_map")
             names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {""}
             if not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):
-                raise InputError(
-                    f"{path / index}: its weight_map names something other than a file of its own folder; refused"
-                )
+                raise InputError(f"{path / index}: its weight_map names what is not a file of its own folder; refused")
             files = [path / name for name in sorted(names)]
             break
     else:
@@ -718,9 +697,7 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
     file = path / ("params.json" if layout == "meta" else "config.json")
     unknown = set(params) - {field.name for field in fields(ModelConfig)}
     if unknown:
-        raise InputError(
-            f"{file}: {sorted(unknown)[0]!r} is not a setting of the LLaMA or Mistral models supported here"
-        )
+        raise InputError(f"{file}: {min(unknown)!r} is not a setting of the LLaMA and Mistral models supported here")
     if params.get("n_layers") != len({name.split(".")[1] for name in pieces if name.startswith("layers.")}):
         raise InputError(f"{file}: says {params.get('n_layers')} layers, which is not what the weight files hold")
     try:
@@ -735,18 +712,14 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
         what = "missing" if name in parameters else "unexpected: not a LLaMA or Mistral checkpoint"
         raise InputError(f"{path}: tensor {name[:80]!r} is {what}")
     for name, parameter in parameters.items():
-        shapes, dimension = [list(shard.shape) for shard in pieces[name]], shard_dimension(name, pieces[name], config)
-        whole = list(shapes[0])
-        if dimension is not None and all(len(shape) == 2 for shape in shapes):
-            whole[dimension] = sum(shape[dimension] for shape in shapes)
-        alike = all(
-            shape[:d] + shape[d + 1 :] == whole[:d] + whole[d + 1 :] for shape in shapes for d in [dimension or 0]
-        )
-        if whole != list(parameter.shape) or not alike:
-            raise InputError(
-                f"{path}: {name} has shape {whole}, but {file.name} asks for {list(parameter.shape)}; "
-                "a shard is missing, or the files do not belong together"
-            )
+        asked, shapes = list(parameter.shape), [list(shard.shape) for shard in pieces[name]]
+        joined = [shape[:] for shape in shapes]
+        if all(len(shape) == 2 for shape in shapes) and (d := shard_dimension(name, pieces[name], config)) is not None:
+            for shape in joined:
+                shape[d] = sum(other[d] for other in shapes)
+        if any(shape != asked for shape in joined):
+            has = f"{name} has shape {joined[0]}, but {file.name} asks for {asked}"
+            raise InputError(f"{path}: {has}; a shard is missing, or the files do not belong together")
 
     model.to(dtype).to_empty(device=device)
     if config.tie_word_embeddings:
@@ -798,15 +771,11 @@ def save_model(model: Transformer, path: str | Path, layout: str = "meta") -> No
     for pattern in ("*.safetensors", "*.pth", "*.bin", "*.index.json", "params.json", "config.json"):
         for other in path.glob(pattern):
             if other.name not in own:
-                raise InputError(
-                    f"{other}: belongs to another checkpoint, which saving here would mix up; save elsewhere"
-                )
+                raise InputError(f"{other}: belongs to another checkpoint; save to another folder")
     path.mkdir(parents=True, exist_ok=True)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters() if name.endswith(".weight")}
     adapted = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if layout == "meta":
-        # Meta's code wants the head, tied or not; a tied one is stored once.
-        weights["output.weight"] = model.output.weight.detach()
         inferred = {
             "hidden_dim": config.swiglu_hidden_dim(),
             "head_dim": config.dim // config.n_heads,
@@ -819,8 +788,10 @@ def save_model(model: Transformer, path: str | Path, layout: str = "meta") -> No
         defaults = asdict(ModelConfig())
         params = {k: v for k, v in asdict(config).items() if k in always or v != inferred.get(k, defaults[k])}
         with atomic_write(path / "consolidated.00.pth") as file:
-            merged = ((name, adapted[name].merged() if name in adapted else w) for name, w in weights.items())
-            torch.save({name: weight.cpu() for name, weight in merged}, file)
+            state = {name: (adapted[name].merged() if name in adapted else w).cpu() for name, w in weights.items()}
+            if config.tie_word_embeddings:  # Meta's code wants the head all the same; as one tensor it is stored once
+                state["output.weight"] = state["tok_embeddings.weight"]
+            torch.save(state, file)
         with atomic_write(path / "params.json") as file:
             file.write(json.dumps(params, indent=2).encode())
         return
@@ -891,16 +862,12 @@ def main() -> None:
     tokenizer = load_tokenizer(args.ckpt)
     model = load_model(args.ckpt, args.device, torch.bfloat16 if bf16 else torch.float32).eval()
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"{args.ckpt}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}"
-        )
+        raise InputError(f"{args.ckpt}: {tokenizer.vocab_size} tokens in tokenizer, {model.config.vocab_size} in model")
     torch.manual_seed(args.seed)
     ids = tokenizer.encode(args.prompt, bos=True)
     room = model.config.max_seq_len - len(ids)
     if room < 1:
-        raise InputError(
-            f"--prompt: {len(ids)} tokens leave no room in the model's context of {model.config.max_seq_len}"
-        )
+        raise InputError(f"--prompt: {len(ids)} tokens leave no room in the context of {model.config.max_seq_len}")
     shown = tokenizer.decode(ids)
     print(shown, end="", flush=True)
     tokens = torch.tensor([ids], device=args.device)

@@ -14,10 +14,11 @@ Sampling on or off, projection on or off, gives four methods: full fine-tuning (
     python owlore.py --ckpt DIR --data FILE     shows the layers of a checkpoint
 """
 
-import functools
+import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -42,9 +43,7 @@ def outlier_distribution(
     linears = [[module for module in layer.modules() if isinstance(module, nn.Linear)] for layer in layers]
     if not linears or not all(linears):
         raise ValueError("outlier_distribution needs layers that each hold at least one nn.Linear")
-    squares = {
-        linear: torch.zeros(linear.in_features, device=linear.weight.device) for group in linears for linear in group
-    }
+    squares = {linear: torch.zeros(linear.in_features, device=linear.weight.device) for linear in sum(linears, [])}
 
     def add_squares(linear: nn.Linear, inputs: tuple) -> None:
         X = inputs[0].flatten(0, -2)  # [tokens, in_features]
@@ -124,21 +123,15 @@ def sampling_probabilities(outliers: Tensor, mode: str = "outlier") -> Tensor:
     """
     D = torch.as_tensor(outliers)
     D = D if D.is_floating_point() else D.float()
-    if D.dim() != 1 or not (torch.isfinite(D) & (D >= 0)).all():
+    if D.dim() != 1 or not len(D) or not (torch.isfinite(D) & (D >= 0)).all():
         raise ValueError("outliers must be finite and not negative, one per layer")
-    if mode == "uniform":
-        weights = torch.ones_like(D)
-    elif mode == "increasing":
-        weights = torch.arange(1, len(D) + 1).to(D)
-    elif mode == "decreasing":
-        weights = torch.arange(len(D), 0, -1).to(D)
-    elif mode == "outlier":
-        weights = D
-    elif mode == "reverse":
-        weights = D.max() - D
-    else:
-        raise ValueError(f"mode {mode!r} is not outlier, uniform, reverse, increasing or decreasing")
-    return weights / weights.sum() if weights.sum() > 0 else torch.ones_like(D) / len(D)
+    uniform, increasing = torch.ones_like(D), torch.arange(1, len(D) + 1).to(D)
+    modes = {"outlier": D, "uniform": uniform, "reverse": D.max() - D}
+    modes |= {"increasing": increasing, "decreasing": increasing.flip(0)}
+    if mode not in modes:
+        raise ValueError(f"mode {mode!r} is not one of {', '.join(modes)}")
+    weights = modes[mode] if modes[mode].sum() > 0 else uniform
+    return weights / weights.sum()
 
 
 class LayerSampler:
@@ -271,8 +264,8 @@ class ProjectedAdam(torch.optim.Optimizer):
     P (`projection_basis`) is computed from the matrix's own gradient, anew every `update_gap` steps of that matrix
     (default 100); `scale` defaults to 1. A group without `rank` is plain AdamW.
 
-    A linear that has the factors of its gradient, G = dY^T X, may offer them to `weight.project_product(dY, X)` in place
-    of G: between refreshes G itself is then never made.
+    A linear that has the factors of its gradient, G = dY^T X, may offer them to `weight.project_product(weight, dY, X)`
+    in place of G: between refreshes G itself is then never made.
 
     Projection happens in the backward pass: once autograd has a matrix's gradient it is projected, added to what this
     step has accumulated, [m, rank] or [rank, n], and freed. `p.grad` of a projected parameter is therefore None after
@@ -289,13 +282,7 @@ class ProjectedAdam(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        svd: str = "randomized",
+        self, params: Iterable, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, svd: str = "randomized"
     ):
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"lr {lr}, betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range")
@@ -319,15 +306,13 @@ class ProjectedAdam(torch.optim.Optimizer):
         optimizer = weakref.ref(self)  # the parameters must not keep a discarded optimizer, and its state, alive
 
         def project(parameter: Tensor) -> None:
-            if (
-                optimizer() is not None and parameter.grad is not None
-            ):  # it is, where `project_product` has done its work
+            if optimizer() is not None and parameter.grad is not None:  # None where project_product did the work
                 optimizer()._project(parameter, optimizer().param_groups[index])
 
-        def project_product(parameter: weakref.ref, dY: Tensor, X: Tensor) -> bool:
+        def project_product(parameter: Tensor, dY: Tensor, X: Tensor) -> bool:
             if optimizer() is None:
                 return False
-            return optimizer()._project_product(parameter(), optimizer().param_groups[index], dY, X)
+            return optimizer()._project_product(parameter, optimizer().param_groups[index], dY, X)
 
         for parameter in group["params"]:
             if parameter.dim() != 2:
@@ -335,7 +320,7 @@ class ProjectedAdam(torch.optim.Optimizer):
             requires_grad = parameter.requires_grad
             parameter.requires_grad_().register_post_accumulate_grad_hook(project)  # kept while the parameter is frozen
             parameter.requires_grad_(requires_grad)
-            parameter.project_product = functools.partial(project_product, weakref.ref(parameter))
+            parameter.project_product = project_product
 
     @torch.no_grad()
     def _project_product(self, parameter: Tensor, group: dict, dY: Tensor, X: Tensor) -> bool:
@@ -346,10 +331,7 @@ class ProjectedAdam(torch.optim.Optimizer):
             return False
         P = state["basis"].to(X.dtype)
         R = dY.T @ (X @ P) if parameter.shape[0] >= parameter.shape[1] else (dY @ P).T @ X
-        if "gradient" in state:
-            state["gradient"] += R
-        else:
-            state["gradient"] = R.float()
+        state["gradient"] = state["gradient"].add_(R) if "gradient" in state else R.float()
         return True
 
     @torch.no_grad()
@@ -390,11 +372,8 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
-        """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Update every parameter that has a gradient. closure: recomputes the loss, which is returned."""
+        loss = torch.enable_grad()(closure)() if closure is not None else None
         self._drop_frozen()
         for group, parameter, gradient in self._gradients():
             state = self.state[parameter]
@@ -404,20 +383,16 @@ class ProjectedAdam(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(gradient, dtype=torch.float32)
                 state["exp_avg_sq"] = torch.zeros_like(gradient, dtype=torch.float32)
             state["step"] += 1
+            rest = state["step"], group, self.found_inf
             if group.get("rank") is None:
-                for p, g, m, v in row_chunks(parameter, gradient, state["exp_avg"], state["exp_avg_sq"]):
-                    N = adam_step(g.float(), m, v, state["step"], group, self.found_inf)
-                    write_back(p, N, group, self.found_inf)
-                continue
-            N = adam_step(gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], group, self.found_inf)
-            N *= group["scale"]
-            P = state["basis"]
-            if parameter.shape[0] >= parameter.shape[1]:
-                for p, n in row_chunks(parameter, N):
-                    write_back(p, n @ P.T, group, self.found_inf)
+                parts = row_chunks(parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
+                updates = ((p, adam_step(g.float(), m, v, *rest)) for p, g, m, v in parts)
             else:
-                for p, P_rows in row_chunks(parameter, P):
-                    write_back(p, P_rows @ N, group, self.found_inf)
+                N = adam_step(gradient, state["exp_avg"], state["exp_avg_sq"], *rest).mul_(group["scale"])
+                left, right = (N, state["basis"].T) if parameter.shape[0] >= parameter.shape[1] else (state["basis"], N)
+                updates = ((p, rows @ right) for p, rows in row_chunks(parameter, left))  # never all of N P^T at once
+            for p, update in updates:
+                write_back(p, update, group, self.found_inf)
         return loss
 
     def _gradients(self) -> Iterable[tuple[dict, Tensor, Tensor]]:
@@ -465,11 +440,9 @@ class ProjectedAdam(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, state in state_dict["state"].items():
-            parameter = parameters[index]
-            self.state[parameter] = {
-                key: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
-                for key, value in state.items()
-            }
+            device = parameters[index].device
+            copy = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+            self.state[parameters[index]] = copy
 
 
 def unless(skip: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
@@ -498,9 +471,10 @@ def write_back(p: Tensor, update: Tensor, group: dict, skip: Tensor | None) -> N
 # 3. Seeing it
 
 
-def layer_chart(columns: dict[str, Sequence[str]], bars: Sequence[float], width: int = 30) -> str:
-    """A table with one row per layer: columns of text, by heading, and a bar for each row, the longest `width` wide."""
-    rows = [["layer", *columns]] + [[str(n), *cells] for n, cells in enumerate(zip(*columns.values()))]
+def layer_chart(columns: dict[str, Sequence[float]], bars: Sequence[float], width: int = 30) -> str:
+    """A table with one row per layer: columns of numbers, by heading, and a bar for each row, the longest `width` wide."""
+    cells = zip(*([f"{value:.4f}" for value in values] for values in columns.values()))
+    rows = [["layer", *columns]] + [[str(n), *row] for n, row in enumerate(cells)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     longest = max(bars) or 1.0
     lines = []
@@ -511,27 +485,22 @@ def layer_chart(columns: dict[str, Sequence[str]], bars: Sequence[float], width:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def plot_layers(columns: dict[str, Sequence[float]], title: str, file: str) -> None:
-    """A picture with one bar chart over the layers for each column."""
+@contextlib.contextmanager
+def picture(file: str | Path, flag: str, rows: int, height: float) -> Iterator:
+    """Draw into `rows` axes over each other, sharing x; the block's end saves them. file is what `flag` was given.
+    Raises InputError without matplotlib, or where the file cannot be written."""
     from data import InputError
 
     try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure  # without pyplot, which would look for a screen
     except ImportError:
         raise InputError("--plot: needs one more package: pip install matplotlib") from None
-    figure, axes = plt.subplots(len(columns), 1, figsize=(8, 2 * len(columns)), sharex=True, layout="constrained")
-    for axis, (name, values) in zip(axes, columns.items()):
-        axis.bar(range(len(values)), torch.as_tensor(values).tolist())
-        axis.set(ylabel=name)
-    axes[0].set(title=title)
-    axes[-1].set(xlabel="layer")
+    figure = Figure(figsize=(9, height), layout="constrained")
+    yield figure.subplots(rows, 1, sharex=True)
     try:
         figure.savefig(file, dpi=120)
     except (OSError, ValueError) as error:
-        raise InputError(f"--plot {file}: cannot write the picture ({error})") from None
+        raise InputError(f"{flag} {file}: cannot write the picture ({error})") from None
     print(f"saved: {file}")
 
 
@@ -545,12 +514,8 @@ def main() -> None:
     parser = Parser(description="Show each layer's outlier share, Hill alpha and sampling probability.")
     parser.add_argument("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
     parser.add_argument("--data", default=str(TINY / "train.json"), help="calibration text (default: that of tiny/)")
-    parser.add_argument(
-        "--threshold", type=float, help="default: 13 for a model of 4096 dimensions, less for smaller ones"
-    )
-    parser.add_argument(
-        "--seq-len", type=int, help="tokens in a calibration row (default: 512, or the context if shorter)"
-    )
+    parser.add_argument("--threshold", type=float, help="default: 13 at 4096 dimensions, less for smaller models")
+    parser.add_argument("--seq-len", type=int, help="tokens in a row (default: 512, or the context if shorter)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="which rows are drawn (default: %(default)s)")
     parser.add_argument("--plot", metavar="FILE", help="draw the chart as a picture, too")
@@ -568,22 +533,19 @@ def main() -> None:
     bar = tqdm(weights, "Hill alpha", leave=False)
     alphas = [sum(hill_alpha(weight) for weight in layer) / len(layer) for layer in bar]  # mean over a layer's matrices
     p = sampling_probabilities(outliers)
-    columns = {
-        "outliers %": [f"{100 * share:.4f}" for share in outliers.tolist()],
-        "Hill alpha": [f"{alpha:.3f}" for alpha in alphas],
-        "p": [f"{probability:.4f}" for probability in p.tolist()],
-    }
     print(f"{args.ckpt}: outliers above {threshold:g} times the layer's mean, on {args.data}")
+    columns = {"outliers %": (100 * outliers).tolist(), "Hill alpha": alphas, "p": p.tolist()}
     print(layer_chart(columns, p.tolist()))
     rho = rank_correlation(outliers, torch.tensor(alphas))
     # The paper reads outliers as a heavy tail, a small alpha: it expects a negative correlation.
     print(f"rank correlation of outliers and Hill alpha: {rho:+.2f} (the paper's reading: negative)")
     if args.plot:
-        plot_layers(
-            {"outliers, %": 100 * outliers, "Hill alpha": alphas, "probability": p},
-            f"{args.ckpt}: ρ = {rho:+.2f}",
-            args.plot,
-        )
+        with picture(args.plot, "--plot", len(columns), height=6) as axes:
+            for axis, (name, values) in zip(axes, columns.items()):
+                axis.bar(range(len(values)), values)
+                axis.set(ylabel=name)
+            axes[0].set(title=f"{args.ckpt}: ρ = {rho:+.2f}")
+            axes[-1].set(xlabel="layer")
 
 
 if __name__ == "__main__":

@@ -1424,6 +1424,19 @@ def test_only_the_newest_checkpoints_are_kept(checkpoint, jsonl, tmp_path):
     assert (tmp_path / "run/model").resolve() == tmp_path / "run/checkpoints/step-0000009/model"
 
 
+def test_what_a_killed_save_left_does_not_count_as_a_checkpoint(checkpoint, tmp_path):
+    out, model = tmp_path / "run", load_model(checkpoint)
+    for name in ("step-0000010.tmp", "step-0000025"):  # half written; whole, but never linked
+        (out / "checkpoints" / name / "state").mkdir(parents=True)
+    for step in (10, 20, 23):
+        train.save_checkpoint(out, 1, model, checkpoint, {"step": step})
+        assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{step:07}"]
+        assert train.load_state(out)["step"] == step
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(InputError, match="gone"):
+        train.load_state(out)
+
+
 def test_two_runs_do_not_share_a_folder(checkpoint, jsonl, tmp_path):
     flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--batch-size", 4, "--steps", 5)
     assert start_cli(*flags, "--out", tmp_path / "run")[0] == 0
@@ -1805,6 +1818,7 @@ BAD_DATA = {
     "short.txt": (b"a", "short"),
     "single.jsonl": (b'{"prompt": "a", "completion": "b"}\n', "one record"),
     "deep.json": (b"[" * 100000, "line 1"),
+    "half.jsonl": (b'{"prompt": "a", "completion": "b"}\n{"text": "half a pair: \\ud800"}\n', "line 2"),
 }
 
 

@@ -14,7 +14,6 @@ Weights and activations are bf16 on a GPU (fp32 on a CPU); loss, optimizer state
 
 import argparse
 import fcntl
-import itertools
 import json
 import math
 import os
@@ -54,7 +53,7 @@ from data import (
     split_records,
     sync_folder,
 )  # fmt: skip
-from model import Transformer, add_lora, checkpoint_layout, load_model, save_model
+from model import ModelConfig, Transformer, add_lora, checkpoint_layout, load_model, save_model
 from owlore import (
     CALIBRATION_ROWS,
     LayerSampler,
@@ -62,6 +61,7 @@ from owlore import (
     default_threshold,
     layer_chart,
     outlier_distribution,
+    picture,
     sampling_probabilities,
 )  # fmt: skip
 
@@ -89,11 +89,7 @@ def flag_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--ckpt",
-        default=str(TINY),
-        help="checkpoint folder, Meta's or Hugging Face's layout (default: the embedded tiny/)",
-    )
+    add("--ckpt", default=str(TINY), help="checkpoint folder, Meta's or Hugging Face's layout (default: tiny/)")
     add("--data", help="training data: .txt, .json or .jsonl (default with the default --ckpt: tiny/train.json)")
     add("--val-data", help=f"validation data (default: {HELD_OUT:.0%}% of --data, held out; for tiny/ its val.json)")
     add("--out", help="run folder (default: the first free of runs/NAME, runs/NAME-2, ...)")
@@ -121,12 +117,7 @@ def flag_parser() -> Parser:
     add("--keep", type=int, default=1, help="checkpoints to keep (default: %(default)s, the newest)")
     add("--dtype", choices=("bf16", "fp32"), help="of weights and activations (default: bf16 on cuda, fp32 elsewhere)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add(
-        "--compile",
-        action="store_true",
-        default=None,
-        help="compile frozen blocks (torch.compile): minutes at first, less time later",
-    )
+    add("--compile", action="store_true", default=None, help="torch.compile frozen blocks: slow at first, faster later")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--eval-only", action="store_true", help="evaluate --ckpt on the validation data, and end")
     add("--plot", nargs="+", metavar="RUN", help="draw the curves of these run folders over each other, into curves.png in the first of them or the file --out")  # fmt: skip
@@ -187,27 +178,28 @@ def fill_defaults(args: argparse.Namespace) -> None:
         raise InputError(f"--weight-decay must not be negative, not {args.weight_decay}")
 
 
-def fit_to_model(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> None:
-    """Defaults that follow the model's size. Raises InputError for flags the model cannot follow."""
-    config, share = model.config, METHODS[args.method].active / 32
-    args.active = math.ceil(share * config.n_layers) if args.active is None else args.active
+def fit_to_size(args: argparse.Namespace, config: ModelConfig) -> None:
+    """Defaults that follow the model's size: the published ones at 7B."""
+    if args.active is None:
+        args.active = math.ceil(METHODS[args.method].active / 32 * config.n_layers)
     if args.rank is None:
         args.rank = max(8, config.dim // 128) if args.method == "lora" else max(1, config.dim // 16)
     args.lora_alpha = 2.0 * args.rank if args.lora_alpha is None else args.lora_alpha
+
+
+def fit_to_model(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> None:
+    """Defaults that depend on the model. Raises InputError for flags the model cannot follow."""
+    config = model.config
+    fit_to_size(args, config)
     args.threshold = default_threshold(config.dim) if args.threshold is None else args.threshold
     args.lr = 3e-4 * (4096 / config.dim) ** 0.75 if args.lr is None else args.lr
     args.seq_len = min(512, config.max_seq_len) if args.seq_len is None else args.seq_len
     if args.active > config.n_layers:
-        raise InputError(
-            f"--active {args.active}: the model has {config.n_layers} layers; use {config.n_layers} or fewer"
-        )
+        raise InputError(f"--active {args.active}: the model has {config.n_layers} layers; use that or fewer")
     if args.seq_len > config.max_seq_len:
         raise InputError(f"--seq-len {args.seq_len}: the model's context is {config.max_seq_len}; use that or less")
     if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"{args.ckpt}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
-            "they do not belong together"
-        )
+        raise InputError(f"{args.ckpt}: {tokenizer.vocab_size} tokens in tokenizer, {config.vocab_size} in model")
 
 
 def treatment(name: str, parameter: Tensor, args: argparse.Namespace) -> str:
@@ -230,9 +222,8 @@ def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAd
         parameter.requires_grad_(kind != "frozen")
         groups[kind]["params"].append(parameter)
     del groups["frozen"]
-    return ProjectedAdam(
-        [group for group in groups.values() if group["params"]], args.lr, weight_decay=args.weight_decay, svd=args.svd
-    )
+    used = [group for group in groups.values() if group["params"]]
+    return ProjectedAdam(used, args.lr, weight_decay=args.weight_decay, svd=args.svd)
 
 
 def read_batch(data: Dataset, args: argparse.Namespace, step: int, pin: bool) -> list[tuple[Tensor, Tensor, float]]:
@@ -250,10 +241,7 @@ def read_batch(data: Dataset, args: argparse.Namespace, step: int, pin: bool) ->
 
 
 def accumulate_gradients(
-    model: Transformer,
-    optimizer: ProjectedAdam,
-    micro_batches: list[tuple[Tensor, Tensor, float]],
-    max_grad_norm: float,
+    model: Transformer, optimizer: ProjectedAdam, micro_batches: list[tuple], max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
     """What an optimizer step needs. micro_batches: tokens, targets (int [B, T]) and this part's share of all targets, so
     that the parts add up to the mean over the whole batch. Returns the loss and the gradients' norm before clipping; where
@@ -310,12 +298,6 @@ def peak(parts: dict[str, int]) -> int:
     return parts["weights"] + parts["optimizer state"] + max(parts["activations"], parts["gradients"])
 
 
-def memory_report(parts: dict[str, int]) -> str:
-    """The parts in words."""
-    listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-    return f"memory: about {peak(parts) / 2**30:.2f} GiB at its peak, of {listed}"
-
-
 def ways_to_save(model: Transformer, args: argparse.Namespace) -> str:
     """Which flags would make a training step smaller, and by how much."""
     now, ways = peak(memory_parts(model, args)), []
@@ -327,8 +309,11 @@ def ways_to_save(model: Transformer, args: argparse.Namespace) -> str:
         "--active": {"active": max(1, args.active // 2)},
         "--rank": {"rank": max(1, args.rank // 2)},
     }
-    if args.method == "lora":
+    if args.method in ("lora", "owlore"):
         del changes["--method"]
+    if args.rank == 0:  # projects nothing: `fill_defaults` refuses it with projected embeddings
+        changes["--embeddings"] = {"embeddings": "frozen"}
+        del changes["--rank"]
     for flag, change in changes.items():
         saved = now - peak(memory_parts(model, argparse.Namespace(**vars(args) | change)))
         if saved > 0:
@@ -406,9 +391,7 @@ def open_run(out: Path) -> IO:
 def refuse_files(out: Path) -> None:
     """Raise InputError where a folder holds anything but what a run killed before it began would leave."""
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {".lock", "args.json.tmp"}):
-        raise InputError(
-            f"--out {out}: holds files already; choose another folder, or add --resume to continue its run"
-        )
+        raise InputError(f"--out {out}: holds files already; choose another folder, or --resume its run")
 
 
 def saved_flags(out: Path) -> dict:
@@ -423,13 +406,13 @@ def load_state(out: Path) -> dict | None:
     """What the newest checkpoint left beside its weights; None before the first. Raises InputError where it is damaged."""
     path = out / "state" / "state.pt"
     if not path.is_file():
+        if (out / "state").is_symlink():
+            raise InputError(f"{out / 'state'}: points to a checkpoint that is gone; choose another --out")
         return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no one error for a damaged file
-        raise InputError(
-            f"{path}: damaged ({type(error).__name__}); the checkpoint beside it is still usable"
-        ) from None
+        raise InputError(f"{path}: damaged ({type(error).__name__}); the model beside it is still usable") from None
 
 
 def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, state: dict) -> None:
@@ -446,8 +429,7 @@ def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, stat
         copy_tokenizer(source, beside / "model")
         with atomic_write(beside / "state" / "state.pt") as file:
             torch.save(state, file)
-        if folder.exists():  # of a run killed before it was linked
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run killed before it was linked
         os.rename(beside, folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -459,7 +441,9 @@ def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, stat
         os.replace(link, out / name)
     sync_folder(out / "checkpoints")
     sync_folder(out)
-    for old in sorted((out / "checkpoints").iterdir())[:-keep]:
+    # What a killed run left may be half written, or newer than where --resume went on from: it does not count.
+    folders = set((out / "checkpoints").iterdir())
+    for old in folders - set(sorted(f for f in folders if f.suffix != ".tmp" and f <= folder)[-keep:]):
         shutil.rmtree(old)
 
 
@@ -508,37 +492,24 @@ def describe(result: dict) -> str:
 
 def plot_runs(runs: list[Path], out: Path | None) -> None:
     """Draw losses and accuracy of runs over each other, and below them which layers each trained when."""
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise InputError("--plot: needs one more package: pip install matplotlib") from None
     logs = {}
     for run in runs:
         lines = read_text(run / "metrics.jsonl").splitlines()
         logs[run] = [parse_json(line, run / "metrics.jsonl", n) for n, line in enumerate(lines, 1)]
-    figure, axes = plt.subplots(2 + len(runs), 1, figsize=(9, 6 + 1.6 * len(runs)), sharex=True, layout="constrained")
-    for color, (run, rows) in zip(itertools.cycle(plt.cm.tab10.colors), logs.items()):
-        for axis, key, style in ((axes[0], "loss", ":"), (axes[0], "val_loss", "-o"), (axes[1], "val_accuracy", "-o")):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            axis.plot(*zip(*points) if points else ([], []), style, color=color, markersize=3, linewidth=1,
-                      label=run.name if key != "loss" else None)  # fmt: skip
-    axes[0].set(ylabel="loss (dotted: training)")
-    axes[0].legend()
-    axes[1].set(ylabel="accuracy", ylim=(0, 1))
-    for axis, (run, rows) in zip(axes[2:], logs.items()):
-        trained = [(row["step"], layer) for row in rows if "active" in row for layer in row["active"]]
-        axis.scatter(*zip(*trained) if trained else ([], []), s=4, marker="s", linewidths=0)
-        axis.set(ylabel=f"layer\n({run.name})")
-    axes[-1].set(xlabel="step")
-    out = out or runs[0] / "curves.png"
-    try:
-        figure.savefig(out, dpi=120)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--out {out}: cannot write the picture ({error})") from None
-    print(f"saved: {out}")
+    curves = (0, "loss", ":"), (0, "val_loss", "-o"), (1, "val_accuracy", "-o")
+    with picture(out or runs[0] / "curves.png", "--out", 2 + len(runs), height=6 + 1.6 * len(runs)) as axes:
+        for n, (run, rows) in enumerate(logs.items()):
+            for axis, key, style in curves:
+                points = [(row["step"], row[key]) for row in rows if key in row]
+                label = None if key == "loss" else run.name
+                axes[axis].plot(*zip(*points) if points else ([], []), style, color=f"C{n}", ms=3, lw=1, label=label)
+            trained = [(row["step"], layer) for row in rows for layer in row.get("active", [])]
+            axes[2 + n].scatter(*zip(*trained) if trained else ([], []), s=4, marker="s", linewidths=0)
+            axes[2 + n].set(ylabel=f"layer\n({run.name})")
+        axes[0].set(ylabel="loss (dotted: training)")
+        axes[0].legend()
+        axes[1].set(ylabel="accuracy", ylim=(0, 1))
+        axes[-1].set(xlabel="step")
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -548,12 +519,10 @@ BAD_STEPS = 10  # in a row, whose loss or gradients are not finite, end the run
 def resolve_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, IO | None]:
     """The run's flags, those that depend on the model excepted, and the lock of its folder where it is one to continue: it
     has the flags that it began with. given: the flags of the command line alone. Raises InputError where they disagree."""
-    if not args.resume:
-        fill_defaults(args)
-    elif args.out is None:
+    if args.resume and args.out is None:
         raise InputError("--resume: name the run's folder with --out")
-    out = Path(args.out)
-    if args.resume and (out / "args.json").exists():
+    if args.resume and (Path(args.out) / "args.json").exists():
+        out = Path(args.out)
         lock, flags = open_run(out), saved_flags(out)
         for flag, value in given.items():
             if flag not in ("resume", "out") and value != flags[flag]:
@@ -562,10 +531,9 @@ def resolve_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespa
         return argparse.Namespace(**flags | {"out": args.out}), lock
     if args.resume and not given.keys() & {"ckpt", "data"}:
         raise InputError(f"--resume: no run to continue in --out {args.out}; name its folder")
-    if args.resume:
-        fill_defaults(args)  # killed before it began: begin
+    fill_defaults(args)  # with --resume: killed before it began, so it begins
     if not args.eval_only:
-        refuse_files(out)
+        refuse_files(Path(args.out))
     return args, None
 
 
@@ -655,7 +623,7 @@ def run(args: argparse.Namespace, given: dict) -> None:
             model.compile_frozen_blocks()
     # 3. Project
     optimizer = build_optimizer(model, args)
-    step, skipped, bad = 0, 0, 0
+    step, skipped, bad, saved = 0, 0, 0, state and state["step"]
     if state:
         step, skipped = state["step"], state["skipped"]
         optimizer.load_state_dict(state["optimizer"])
@@ -674,7 +642,10 @@ def run(args: argparse.Namespace, given: dict) -> None:
     metrics = Metrics(out / "metrics.jsonl", step if state else -1)
 
     def save() -> str | None:
-        """Save a checkpoint; what went wrong, if it failed."""
+        """Save a checkpoint, unless this step has one; what went wrong, if it failed."""
+        nonlocal saved
+        if saved == step:
+            return None
         rng = {"rng": torch.get_rng_state()}
         if device.startswith("cuda"):
             rng["cuda_rng"] = torch.cuda.get_rng_state(device)
@@ -685,15 +656,16 @@ def run(args: argparse.Namespace, given: dict) -> None:
             })  # fmt: skip
         except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
             return f"--out {out}: step {step} could not be saved ({error}); the checkpoint before it is kept"
+        saved = step
 
     parts = memory_parts(model, args)
     size = parts["weights"] + parts["optimizer state"]
-    print(memory_report(parts))
+    listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    print(f"memory: about {peak(parts) / 2**30:.2f} GiB at its peak, of {listed}")
     print(f"disk: about {size / 2**30:.2f} GiB for a checkpoint, {args.keep + 1} of them while saving; "
           f"{shutil.disk_usage(out).free / 2**30:.1f} GiB are free")  # fmt: skip
-    print(
-        f"{args.method}: {args.ckpt} on {args.data} ({len(data.rows)} rows), {steps} steps on {device} in {args.dtype}"
-    )
+    where = f"{steps} steps on {device} in {args.dtype}"
+    print(f"{args.method}: {args.ckpt} on {args.data} ({len(data.rows)} rows), {where}")
     if state:
         before, after = state["before"], state["after"]
     else:
@@ -719,7 +691,9 @@ def run(args: argparse.Namespace, given: dict) -> None:
             loss, norm = accumulate_gradients(model, optimizer, micro_batches, args.max_grad_norm)
             optimizer.step()
         except torch.OutOfMemoryError:
-            raise InputError(f"--device {device}: out of memory in step {step}; {ways_to_save(model, args)}") from None
+            raise InputError(
+                f"--device {device}: out of memory in step {step + 1}; {ways_to_save(model, args)}"
+            ) from None
         loss, norm = torch.stack([loss, norm.to(loss)]).tolist()  # the only wait for the device in a step, at its end
         good = math.isfinite(loss + norm)
         step += 1
@@ -743,7 +717,7 @@ def run(args: argparse.Namespace, given: dict) -> None:
         bar.update()
         if bad == BAD_STEPS:
             raise InputError(f"--lr {args.lr}: {bad} steps in a row had a loss or gradients that are not finite; "
-                             f"try a smaller one. What was saved before step {step - bad} is kept in {out}")  # fmt: skip
+                             f"try a smaller one. What was saved up to step {step - bad} is kept in {out}")  # fmt: skip
         if step % eval_every == 0 or step == steps:
             after = evaluate()
             metrics.log(step=step, **after)
@@ -751,21 +725,16 @@ def run(args: argparse.Namespace, given: dict) -> None:
         if args.save_every and step % args.save_every == 0 and step < steps and not bad and (problem := save()):
             tqdm.write(problem)
     bar.close()
-    if (step == steps or signals) and not (state and state["step"] == step) and (problem := save()):
+    if (step == steps or signals) and (problem := save()):
         raise InputError(f"{problem}; free space, then: python train.py --resume --out {out}")
     if signals and step < steps:
         print(f"stopped at step {step} of {steps}; to go on: python train.py --resume --out {out}")
         sys.exit(128 + signals[0])
 
     if outliers is not None:
-        print(
-            f"\nLayers by their share of outliers (above {args.threshold:g} times the mean), and how likely each is drawn:"
-        )
-        shares = {
-            "outliers %": [f"{100 * share:.4f}" for share in outliers.tolist()],
-            "p": [f"{probability:.4f}" for probability in probabilities.tolist()],
-        }
-        print(layer_chart(shares, outliers.tolist()))
+        print(f"\nShare of outliers (above {args.threshold:g} times the mean) and sampling probability by layer:")
+        columns = {"outliers %": (100 * outliers).tolist(), "p": probabilities.tolist()}
+        print(layer_chart(columns, outliers.tolist()))
     print(f"\nbefore: {describe(before)}\nafter:  {describe(after)}\nsaved:  {out / 'model'}")
 
 

@@ -11,7 +11,6 @@ the prediction.
 
 import argparse
 import datetime
-import math
 import platform
 import sys
 import weakref
@@ -151,12 +150,9 @@ TABLE = [  # model, method, embeddings, batch, length
 def settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
     """The published recipe, where flags do not say otherwise."""
     args = argparse.Namespace(**vars(args), update_gap=100, scale=1.0, lr=3e-4, weight_decay=0.0, svd="randomized",
-                              dtype="bf16", checkpoint_blocks=True)  # fmt: skip
-    share = train.METHODS[args.method].active / 32
-    args.active = math.ceil(share * config.n_layers) if args.active is None else args.active
-    if args.rank is None:
-        args.rank = max(8, config.dim // 128) if args.method == "lora" else max(1, config.dim // 16)
-    args.lora_alpha = 2.0 * args.rank
+                              dtype="bf16", lora_alpha=None,
+                              checkpoint_blocks=True)  # fmt: skip
+    train.fit_to_size(args, config)
     args.embeddings = args.embeddings or ("frozen" if args.method == "lora" else "full")
     return args
 

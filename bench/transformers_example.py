@@ -47,10 +47,10 @@ def main() -> None:
     for step, tokens in enumerate(tqdm(counting(STEPS), "training")):
         if step % INTERVAL == 0:
             sampler.resample()
+        optimizer.zero_grad()
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
         losses.append(loss.item())
     held = sum(t.numel() for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t))
     trained = sum(p.numel() for p in model.parameters())
