@@ -278,6 +278,8 @@ class ProjectedAdam(torch.optim.Optimizer):
     leaves weights and moments as they are. The device decides, and nothing waits for it; Adam's bias correction counts the
     step nevertheless.
 
+    failed_refreshes: how many new bases were not to be had (see `_refresh`) since this object was made.
+
     svd: "randomized" or "exact". Raises ValueError for settings out of range and for projecting what is not a matrix.
     """
 

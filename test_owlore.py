@@ -1474,6 +1474,10 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_many(
         30,
         "--save-every",
         5,
+        "--update-gap",
+        1,
+        "--active",
+        1,
     )
     forward, calls = Transformer.forward, []
 
@@ -1484,7 +1488,9 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_many(
 
     monkeypatch.setattr(Transformer, "forward", poisoned)
     bad = {3, 7}
-    code, _, output = run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / "few")
+    code, text, output = run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / "few")
+    # in each of the two steps the layer's seven matrices wanted a new basis, and kept the last
+    assert "14 new projections failed" in text
     rows = [r for r in read_metrics(tmp_path / "few") if "loss" in r]
     assert code == 0 and rows[-1]["skipped"] == 2 and "2 steps skipped" in output
     assert all(torch.isfinite(p).all() for p in load_model(tmp_path / "few/model").parameters())

@@ -735,6 +735,8 @@ def run(args: argparse.Namespace, given: dict) -> None:
         print(f"\nShare of outliers (above {args.threshold:g} times the mean) and sampling probability by layer:")
         columns = {"outliers %": (100 * outliers).tolist(), "p": probabilities.tolist()}
         print(layer_chart(columns, outliers.tolist()))
+    if failed := int(optimizer.failed_refreshes):
+        print(f"{failed} new projections failed (a gradient not finite, or its SVD); those before them were kept")
     print(f"\nbefore: {describe(before)}\nafter:  {describe(after)}\nsaved:  {out / 'model'}")
 
 
