@@ -37,7 +37,7 @@ def outlier_distribution(
         D_l  = #{A_ij > threshold * mean(A)} / #{A_ij}        over all nn.Linear of layer l together
 
     model: run once per batch as `model(batch)`, in eval mode and without gradients. layers: its blocks. batches:
-    calibration inputs. threshold: 13 for a 7B, 3 to 7 for smaller models.
+    calibration inputs. threshold: 13 for a 7B, 3 to 7 for smaller models. A batch is the model's only argument.
     Returns fp32 [L], fractions in [0, 1], on the CPU. Raises ValueError for no batches or a layer without nn.Linear.
     """
     linears = [[module for module in layer.modules() if isinstance(module, nn.Linear)] for layer in layers]
@@ -326,7 +326,7 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _project_product(self, parameter: Tensor, group: dict, dY: Tensor, X: Tensor) -> bool:
-        """`_project` of G = dY^T X (dY: [tokens, m], X: [tokens, n]) without making G, at rank / n of the cost:
+        """`_project` of G = dY^T X (dY: [tokens, m], X: [tokens, n]) without making G, at rank / m + rank / n of the cost:
         R = dY^T (X P) where m >= n, (dY P)^T X where m < n. False, and nothing done, where a new basis needs G itself."""
         state = self.state[parameter]
         if "basis" not in state or ("gradient" not in state and state.get("step", 0) % group["update_gap"] == 0):

@@ -6,7 +6,7 @@
 
 LoRA, the fifth, freezes the model and trains low-rank additions to its linears instead.
 
-Weights and activations are bf16 on a GPU (fp32 on a CPU); loss, optimizer state and its arithmetic are fp32.
+Weights and activations are bf16 on a GPU (fp32 on a CPU); loss, moments and updates are fp32.
 
     python train.py                                             the embedded example, two minutes on a CPU
     python train.py --ckpt llama2-7b --data commonsense_170k.json --out runs/commonsense
@@ -228,7 +228,7 @@ def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAd
 
 def read_batch(data: Dataset, args: argparse.Namespace, step: int, pin: bool) -> list[tuple[Tensor, Tensor, float]]:
     """The micro-batches of a step: tokens, targets (int [B, T]) and the share of the step's targets that they hold. pin:
-    in memory from which a GPU copies by itself."""
+    in pinned memory, from which `.to(device)` need not wait."""
     # The order of an epoch is a function of seed and epoch alone, so a resumed run reads what it would have read.
     epoch, position = divmod(step, math.ceil(len(data.rows) / args.batch_size))
     order = np.random.default_rng([args.seed, epoch]).permutation(len(data.rows))
@@ -430,7 +430,9 @@ def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, stat
         with atomic_write(beside / "state" / "state.pt") as file:
             torch.save(state, file)
         shutil.rmtree(folder, ignore_errors=True)  # of a run killed before it was linked
+        sync_folder(beside)
         os.rename(beside, folder)
+        sync_folder(out / "checkpoints")
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -439,7 +441,6 @@ def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, stat
         link.unlink(missing_ok=True)
         link.symlink_to(folder.relative_to(out) / name)
         os.replace(link, out / name)
-    sync_folder(out / "checkpoints")
     sync_folder(out)
     # What a killed run left may be half written, or newer than where --resume went on from: it does not count.
     folders = set((out / "checkpoints").iterdir())
@@ -694,7 +695,9 @@ def run(args: argparse.Namespace, given: dict) -> None:
             raise InputError(
                 f"--device {device}: out of memory in step {step + 1}; {ways_to_save(model, args)}"
             ) from None
-        loss, norm = torch.stack([loss, norm.to(loss)]).tolist()  # the only wait for the device in a step, at its end
+        loss, norm = torch.stack(
+            [loss, norm.to(loss)]
+        ).tolist()  # but for a refresh's SVD, a step's only wait for the device
         good = math.isfinite(loss + norm)
         step += 1
         skipped, bad = skipped + (not good), 0 if good else bad + 1
