@@ -280,11 +280,20 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     failed_refreshes: how many new bases were not to be had (see `_refresh`) since this object was made.
 
+    rotate: whether the first moment is turned into the new basis when P changes; it stays as it is in the published code.
+
     svd: "randomized" or "exact". Raises ValueError for settings out of range and for projecting what is not a matrix.
     """
 
     def __init__(
-        self, params: Iterable, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, svd: str = "randomized"
+        self,
+        params: Iterable,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        svd: str = "randomized",
+        rotate: bool = True,
     ):
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"lr {lr}, betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range")
@@ -292,7 +301,8 @@ class ProjectedAdam(torch.optim.Optimizer):
             raise ValueError(f"svd {svd!r} is not randomized or exact")
         self.failed_refreshes: Tensor | int = 0
         self.found_inf: Tensor | None = None
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, svd=svd))
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, svd=svd, rotate=rotate)
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group; with a `rank`, its parameters' gradients are projected from now on as soon as they exist."""
@@ -355,7 +365,7 @@ class ProjectedAdam(torch.optim.Optimizer):
                 R.addmm_(P_rows.T, G_rows.float())  # R += P^T G
 
     def _refresh(self, state: dict, G: Tensor, group: dict) -> None:
-        """Recompute P from G, and turn the first moment into the new basis. Where G is not finite or its SVD fails, the last
+        """Recompute P from G, and turn the first moment into the new basis (`rotate`). Where G is not finite or its SVD fails, the last
         basis is kept (any will do where there is none) and `failed_refreshes` counts it: a scalar tensor, so that nothing
         waits for the device."""
         tall, rank = G.shape[0] >= G.shape[1], min(group["rank"], *G.shape)
@@ -366,7 +376,7 @@ class ProjectedAdam(torch.optim.Optimizer):
         except torch.linalg.LinAlgError:
             P, good = last, torch.zeros_like(good)
         self.failed_refreshes = self.failed_refreshes + ~good
-        if "exp_avg" in state:
+        if "exp_avg" in state and group["rotate"]:
             rotation = state["basis"].T @ P  # [rank, rank]: coordinates in the old basis -> in the new one
             m = state["exp_avg"]
             state["exp_avg"] = m @ rotation if tall else rotation.T @ m

@@ -777,6 +777,25 @@ def test_full_rank_is_adam_in_the_rotated_basis(shape):
     torch.testing.assert_close(W.detach(), (rotated @ P.T if tall else P @ rotated).detach(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("shape", [(12, 6), (6, 12)])
+def test_a_new_basis_rotates_the_first_moment_or_leaves_it(shape, rotate):
+    """At full rank nothing is projected away: rotated, the moment is that of Adam in the matrix's own coordinates."""
+    tall, W = shape[0] > shape[1], nn.Parameter(torch.zeros(shape))
+    optimizer = ProjectedAdam([{"params": [W], "rank": 6, "update_gap": 1}], lr=0.01, rotate=rotate)
+    own, low = torch.zeros(shape), 0.0
+    for G in torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)):
+        W.grad = G.clone()
+        optimizer.step()
+        P, m = optimizer.state[W]["basis"], optimizer.state[W]["exp_avg"]
+        own = 0.9 * own + 0.1 * G
+        low = 0.9 * low + 0.1 * (G @ P if tall else P.T @ G)
+        if rotate:
+            torch.testing.assert_close(m @ P.T if tall else P @ m, own, atol=1e-6, rtol=0)  # fp32 of values near 1
+        else:
+            torch.testing.assert_close(m, low, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
 @pytest.mark.parametrize("svd", ["exact", "randomized"])
 def test_low_rank_updates_stay_in_the_span_of_their_basis(shape, svd):
@@ -1112,6 +1131,27 @@ def read_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(
+    "n_layers, dim, flags, active, rank",
+    [
+        (32, 4096, "", 5, 256),
+        (40, 5120, "", 7, 320),
+        (32, 4096, "--published", 5, 256),
+        (8, 128, "", 4, 32),
+        (8, 128, "--published", 2, 8),
+        (3, 64, "", 3, 32),
+        (32, 4096, "--method lisa", 2, 256),
+        (8, 128, "--method lisa", 1, 32),
+        (8, 128, "--method lora", 8, 8),
+        (32, 4096, "--method lora --rank 64", 32, 64),
+    ],
+)
+def test_defaults_are_published_at_7b_and_have_a_least_size(n_layers, dim, flags, active, rank):
+    args = train.flag_parser().parse_args(flags.split())
+    train.fit_to_size(args, model_module.ModelConfig(dim=dim, n_layers=n_layers, n_heads=8, vocab_size=32))
+    assert (args.active, args.rank) == (active, rank)
+
+
 def test_a_run_trains_saves_and_loads_again(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
     out = tmp_path / "run"
     flags = (
@@ -1127,6 +1167,8 @@ def test_a_run_trains_saves_and_loads_again(monkeypatch, capsys, checkpoint, jso
         4,
         "--interval",
         3,
+        "--active",
+        1,
     )
     code, text, _ = run_cli(monkeypatch, capsys, train.main, *flags, "--out", out)
     assert code == 0 and "before" in text and "after" in text
@@ -1846,6 +1888,7 @@ def test_bad_data_is_refused(name, monkeypatch, capsys, checkpoint, tmp_path):
         (["--data", "nothing.txt"], "nothing.txt"),
         (["--active", "4"], "--active"),
         (["--active", "0"], "--active"),
+        (["--method", "lisa", "--published"], "--published"),
         (["--rank", "-1"], "--rank"),
         (["--method", "lora", "--rank", "0"], "--rank"),
         (["--rank", "many"], "--rank"),

@@ -82,6 +82,8 @@ METHODS = {
     "lora": Method(None, False),
     "full": Method(None, False),
 }
+# The least that owlore trains in a small model, where the paper's shares of a 7B come last of all methods (README.md).
+MIN_ACTIVE, MIN_RANK = 4, 32
 HELD_OUT, HELD_OUT_RECORDS = 0.05, 500  # share of --data, and at most so many records, kept for validation
 
 
@@ -95,9 +97,10 @@ def flag_parser() -> Parser:
     add("--out", help="run folder (default: the first free of runs/NAME, runs/NAME-2, ...)")
     add("--method", choices=METHODS, default="owlore", help="default: %(default)s")
     add("--sampling", choices=("outlier", "uniform", "reverse", "increasing", "decreasing"), help="how layers are drawn (default: owlore outlier, lisa uniform)")  # fmt: skip
-    add("--active", type=int, help="layers trained at a time (default: 5 of every 32, lisa 2 of every 32)")
+    add("--active", type=int, help="layers trained at a time (default: 5 of every 32, at least 4; lisa 2 of every 32)")
     add("--interval", type=int, help="optimizer steps between two draws (default: 50, lisa 3)")
-    add("--rank", type=int, help="of the projection (default: dim / 16, which is 256 for a 7B), 0 for owlore without projection; of lora's additions (default: dim / 128, at least 8)")  # fmt: skip
+    add("--rank", type=int, help="of the projection (default: dim / 16, which is 256 for a 7B, at least 32), 0 for owlore without projection; of lora's additions (default: dim / 128, at least 8)")  # fmt: skip
+    add("--published", action="store_true", help="the paper's recipe in a small model, too: no least --active and --rank; moments kept as they are when the projection changes")  # fmt: skip
     add("--lora-alpha", type=float, help="lora's additions count alpha / rank (default: twice the rank)")
     add("--update-gap", type=int, default=100, help="steps of a matrix between two projections (default: %(default)s)")
     add("--scale", type=float, default=1.0, help="of the projected update (default: %(default)s)")
@@ -156,6 +159,8 @@ def fill_defaults(args: argparse.Namespace) -> None:
     for flag in ("sampling", "active", "compile"):
         if getattr(args, flag) is not None and not method.sampling:
             raise InputError(f"--{flag}: --method {args.method} trains all layers; leave it out, or use owlore or lisa")
+    if args.published and args.method not in ("owlore", "galore"):
+        raise InputError(f"--published: --method {args.method} projects nothing; leave it out")
     if args.lora_alpha is not None and args.method != "lora":
         raise InputError(f"--lora-alpha: --method {args.method} has no use for it; leave it out")
     args.sampling = args.sampling or method.sampling
@@ -181,9 +186,13 @@ def fill_defaults(args: argparse.Namespace) -> None:
 def fit_to_size(args: argparse.Namespace, config: ModelConfig) -> None:
     """Defaults that follow the model's size: the published ones at 7B."""
     if args.active is None:
-        args.active = math.ceil(METHODS[args.method].active / 32 * config.n_layers)
-    if args.rank is None:
-        args.rank = max(8, config.dim // 128) if args.method == "lora" else max(1, config.dim // 16)
+        share = math.ceil(METHODS[args.method].active / 32 * config.n_layers)
+        least = MIN_ACTIVE if args.method == "owlore" and not args.published else 1
+        args.active = min(max(share, least), config.n_layers)
+    if args.rank is None and args.method == "lora":
+        args.rank = max(8, config.dim // 128)
+    elif args.rank is None:
+        args.rank = max(config.dim // 16, 1 if args.published else MIN_RANK)
     args.lora_alpha = 2.0 * args.rank if args.lora_alpha is None else args.lora_alpha
 
 
@@ -223,7 +232,7 @@ def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAd
         groups[kind]["params"].append(parameter)
     del groups["frozen"]
     used = [group for group in groups.values() if group["params"]]
-    return ProjectedAdam(used, args.lr, weight_decay=args.weight_decay, svd=args.svd)
+    return ProjectedAdam(used, args.lr, weight_decay=args.weight_decay, svd=args.svd, rotate=not args.published)
 
 
 def read_batch(data: Dataset, args: argparse.Namespace, step: int, pin: bool) -> list[tuple[Tensor, Tensor, float]]:

@@ -149,7 +149,7 @@ TABLE = [  # model, method, embeddings, batch, length
 
 def settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
     """The published recipe, where flags do not say otherwise."""
-    args = argparse.Namespace(**vars(args), update_gap=100, scale=1.0, lr=3e-4, weight_decay=0.0, svd="randomized",
+    args = argparse.Namespace(**vars(args), update_gap=100, scale=1.0, published=True, lr=3e-4, weight_decay=0.0, svd="randomized",
                               dtype="bf16", lora_alpha=None,
                               checkpoint_blocks=True)  # fmt: skip
     train.fit_to_size(args, config)

@@ -51,19 +51,17 @@ MIB = 2**20
 
 # What a run may do otherwise than train.py
 
-rotate = ProjectedAdam._refresh
+refresh = ProjectedAdam._refresh
 
 
 def keep(self: ProjectedAdam, state: dict, G: Tensor, group: dict) -> None:
     """As in the published code: the moments stay, though the first one's coordinates are those of the basis before."""
-    moment = {key: state[key] for key in ("exp_avg",) if key in state}
-    rotate(self, state, G, group)
-    state.update(moment)
+    refresh(self, state, G, group | {"rotate": False})
 
 
 def reset(self: ProjectedAdam, state: dict, G: Tensor, group: dict) -> None:
     """Both moments begin anew, and with them the steps that Adam's bias correction counts."""
-    rotate(self, state, G, group)
+    refresh(self, state, G, group)
     for key in ("exp_avg", "exp_avg_sq", "step"):
         state.pop(key, None)
 
@@ -128,7 +126,8 @@ def command_line(args: argparse.Namespace, flags: dict) -> list[str]:
     flags = {"device": "cpu", **shared, **flags}
     flags["eval_every"] = flags["steps"]  # an evaluation on the way would only cost time
     given = {flag: value for flag, value in flags.items() if value is not None}
-    return [text for flag, value in given.items() for text in (f"--{flag.replace('_', '-')}", str(value))]
+    pairs = [(f"--{flag.replace('_', '-')}", value) for flag, value in given.items()]
+    return [text for flag, value in pairs for text in ([flag] if value is True else [flag, str(value)])]
 
 
 def fill(args: argparse.Namespace, flags: dict) -> argparse.Namespace:
@@ -269,7 +268,7 @@ def published(args: argparse.Namespace) -> dict:
     """OwLore's published recipe at the checkpoint's size, whatever train.py's defaults are."""
     active, rank = math.ceil(args.config.n_layers * 5 / 32), max(1, args.config.dim // 16)
     return {"method": "owlore", "sampling": "outlier", "active": active, "interval": 50, "rank": rank,
-            "update_gap": 100, "embeddings": "full"}  # fmt: skip
+            "update_gap": 100, "embeddings": "full", "published": True}  # fmt: skip
 
 
 def methods(args: argparse.Namespace) -> str:
@@ -283,8 +282,7 @@ def methods(args: argparse.Namespace) -> str:
     fitting = [n for n in numbers if peaks[n] <= limit]
     if fitting:
         flags["owlore, lisa's memory"] = {"method": "owlore", "active": max(fitting, key=peaks.get)}
-    if fill(args, flags["owlore"]) != fill(args, published(args)):
-        flags["owlore, published recipe"] = published(args)
+    flags["owlore, published recipe"] = published(args)
     rows = [search(args, name, row) for name, row in flags.items()]
     listed = ", ".join(f"{n}: {peak / MIB:.2f}" for n, peak in peaks.items())
     return f"""train.py's defaults, but for what a row names. LISA's peak is {limit / MIB:.2f} MiB; OwLore's, by active
@@ -333,7 +331,7 @@ def recipe(args: argparse.Namespace) -> str:
     rows = [search(args, "published", base)]
     for flag, values in changes.items():
         rows += [search(args, f"{flag} {value}", base | {flag: value}) for value in dict.fromkeys(values)]
-    listed = ", ".join(f"{flag} {value}" for flag, value in base.items() if flag != "method")
+    listed = ", ".join(f"{flag} {value}" for flag, value in base.items() if flag not in ("method", "published"))
     return f"""OwLore's published recipe ({listed}),
 and with one setting of it changed at a time; rank 0 is no projection.
 
