@@ -6,8 +6,8 @@ One model serves LLaMA-1/2/3/3.1/3.2, CodeLlama, TinyLlama and Mistral-7B. Each 
     x = x + w2(silu(w1(y)) * w3(y))        y = rms_norm(x), SwiGLU (arXiv 2002.05202)
 
 Parameters carry the names of Meta's raw checkpoints, rotary pairs are Meta's interleaved ones, and both Meta's and
-Hugging Face's checkpoint layouts are read and written here. Top to bottom: configuration, model, loss, generation,
-reading checkpoints, writing them.
+Hugging Face's checkpoint layouts are read and written here. Top to bottom: configuration, layers, loss, model,
+generation, reading checkpoints, writing them.
 
     python model.py --ckpt DIR --prompt "Once upon a time"
 """
@@ -33,6 +33,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import InputError, Parser, atomic_write, load_tokenizer, read_json, run_command
+
+CHUNK = 2**24  # elements handled at once where all would take too much memory: 64 MiB in fp32
 
 
 @dataclass
@@ -127,6 +129,9 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).type_as(x)
 
 
+FUSED_RMS_NORM = hasattr(torch.ops.aten, "_fused_rms_norm_backward")  # torch has one kernel for it on GPUs from 2.9
+
+
 class LeanRMSNorm(torch.autograd.Function):
     """F.rms_norm that keeps x and one number a row for the backward pass, where torch's plain-operation version, the one
     it has for CPUs and had for GPUs before 2.9, keeps two fp32 copies of x."""
@@ -164,9 +169,6 @@ class RMSNorm(nn.Module):
         if x.is_cuda and FUSED_RMS_NORM:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return LeanRMSNorm.apply(x, self.weight, self.eps)
-
-
-FUSED_RMS_NORM = hasattr(torch.ops.aten, "_fused_rms_norm_backward")  # torch has one kernel for it on GPUs from 2.9
 
 
 class WeightGradient(torch.autograd.Function):
@@ -228,6 +230,23 @@ class LoRALinear(Linear):
         return torch.addmm(self.weight.float(), self.B.float(), self.A.float(), alpha=self.scale).to(self.weight.dtype)
 
 
+class KVCache:
+    """Keys and values of every token seen so far, per attention module: each [B, n_kv_heads, capacity, head_dim]."""
+
+    def __init__(self, capacity: int):
+        self.capacity, self.length, self.store = capacity, 0, {}
+
+    def append(self, attention: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v [B, n_kv_heads, T, head_dim] behind what is stored; returns all of both up to here."""
+        if attention not in self.store:
+            shape = (*k.shape[:2], self.capacity, k.shape[3])
+            self.store[attention] = k.new_empty(shape), v.new_empty(shape)
+        end = self.length + k.shape[2]
+        for stored, new in zip(self.store[attention], (k, v)):
+            stored[:, :, self.length : end] = new
+        return tuple(stored[:, :, :end] for stored in self.store[attention])
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped-query heads (arXiv 2305.13245): n_heads queries share n_kv_heads keys and values."""
 
@@ -239,7 +258,7 @@ class Attention(nn.Module):
         self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.wo = Linear(config.n_heads * config.head_dim, config.dim)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache=None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
         """x: [B, T, dim] -> [B, T, dim]. mask: bool [T, keys], or None for plain causal attention."""
         B, T, _ = x.shape
         q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), rotation).transpose(1, 2)
@@ -269,7 +288,7 @@ class SwiGLU(torch.autograd.Function):
         """dgate = grad * up * silu'(gate), dup = grad * silu(gate), written over up and gate, which nothing else needs: with
         them go the two largest tensors of the backward pass. (A second backward pass would be refused by autograd.)"""
         gate, up = ctx.saved_tensors
-        rows = max(1, 2**24 // gate.shape[-1])
+        rows = max(1, CHUNK // gate.shape[-1])
         for g, u, d in zip(*(t.flatten(0, -2).split(rows) for t in (gate, up, grad))):
             grad_up = F.silu(g).mul_(d)
             u.mul_(d)
@@ -302,27 +321,52 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config)
         self.ffn_norm = RMSNorm(config)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache=None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
         """x: [B, T, dim] -> [B, T, dim]."""
         x = x + self.attention(self.attention_norm(x), rotation, mask, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-class KVCache:
-    """Keys and values of every token seen so far, per attention module: each [B, n_kv_heads, capacity, head_dim]."""
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy((hidden @ weight.T).float(), targets, ignore_index=-100), a few rows of logits at a time.
 
-    def __init__(self, capacity: int):
-        self.capacity, self.length, self.store = capacity, 0, {}
+    All logits of a 7B at 16 x 512 tokens would be 1 GB in fp32, their gradient as much again. The gradient of a chunk,
+    softmax(logits) - onehot(target), is ready as soon as its logits are, so the forward pass computes it while it has
+    them, and the backward pass only scales it.
+    """
 
-    def append(self, attention: Attention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v [B, n_kv_heads, T, head_dim] behind what is stored; returns all of both up to here."""
-        if attention not in self.store:
-            shape = (*k.shape[:2], self.capacity, k.shape[3])
-            self.store[attention] = k.new_empty(shape), v.new_empty(shape)
-        end = self.length + k.shape[2]
-        for stored, new in zip(self.store[attention], (k, v)):
-            stored[:, :, self.length : end] = new
-        return tuple(stored[:, :, :end] for stored in self.store[attention])
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """hidden: [N, dim]; weight: [V, dim]; targets: int [N] -> mean loss, a scalar in fp32."""
+        rows = max(1, CHUNK // weight.shape[0])
+        count = (targets != -100).sum().clamp(min=1)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        for h, t, start in zip(hidden.split(rows), targets.split(rows), range(0, len(hidden), rows)):
+            logits = (h @ weight.T).float()  # [rows, V]
+            kept = (t != -100).unsqueeze(1)
+            at_target = t.clamp(min=0).unsqueeze(1)
+            log_z = logits.logsumexp(1, keepdim=True)
+            loss += ((log_z - logits.gather(1, at_target)) * kept).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            softmax = logits.sub_(log_z).exp_()
+            softmax.scatter_add_(1, at_target, softmax.new_full((), -1.0).expand(at_target.shape))
+            grad = softmax.mul_(kept / count).to(weight.dtype)  # d loss / d logits
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.T, h)
+        ctx.grads = grad_hidden, grad_weight
+        return loss / count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Scale what the forward pass computed. A second backward pass through the same loss is not possible."""
+        grads, ctx.grads = ctx.grads, None
+        return *(None if grad is None else grad.mul_(grad_loss) for grad in grads), None
 
 
 class Transformer(nn.Module):
@@ -396,52 +440,9 @@ def add_lora(model: Transformer, rank: int, alpha: float) -> None:
                 setattr(part, name, LoRALinear(linear, rank, alpha))
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy((hidden @ weight.T).float(), targets, ignore_index=-100), a few rows of logits at a time.
-
-    All logits of a 7B at 16 x 512 tokens would be 1 GB in fp32, their gradient as much again. The gradient of a chunk,
-    softmax(logits) - onehot(target), is ready as soon as its logits are, so the forward pass computes it while it has
-    them, and the backward pass only scales it.
-    """
-
-    CHUNK = 2**24  # logits held at once: 64 MiB in fp32
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """hidden: [N, dim]; weight: [V, dim]; targets: int [N] -> mean loss, a scalar in fp32."""
-        rows = max(1, ChunkedCrossEntropy.CHUNK // weight.shape[0])
-        count = (targets != -100).sum().clamp(min=1)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        for h, t, start in zip(hidden.split(rows), targets.split(rows), range(0, len(hidden), rows)):
-            logits = (h @ weight.T).float()  # [rows, V]
-            kept = (t != -100).unsqueeze(1)
-            at_target = t.clamp(min=0).unsqueeze(1)
-            log_z = logits.logsumexp(1, keepdim=True)
-            loss += ((log_z - logits.gather(1, at_target)) * kept).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            softmax = logits.sub_(log_z).exp_()
-            softmax.scatter_add_(1, at_target, softmax.new_full((), -1.0).expand(at_target.shape))
-            grad = softmax.mul_(kept / count).to(weight.dtype)  # d loss / d logits
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.T, h)
-        ctx.grads = grad_hidden, grad_weight
-        return loss / count
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Scale what the forward pass computed. A second backward pass through the same loss is not possible."""
-        grads, ctx.grads = ctx.grads, None
-        return *(None if grad is None else grad.mul_(grad_loss) for grad in grads), None
-
-
 def stream(model: Transformer, tokens: Tensor, max_new_tokens: int, temperature: float, top_p: float) -> Iterator:
-    """`generate`, one step at a time: yields int [B], max_new_tokens times."""
+    """`generate`, one step at a time: yields int [B], max_new_tokens times. Raises ValueError for tokens without any, or
+    more in all than the model's context."""
     if tokens.shape[1] < 1:
         raise ValueError("generation needs at least one token to begin with: the BOS token, say")
     if tokens.shape[1] + max_new_tokens > model.config.max_seq_len:

@@ -24,7 +24,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-# 1. Which layers: outliers and heavy tails
+# 1. Score
+
+CALIBRATION_ROWS = 32  # of calibration text, enough that D_l moves by a few percent at most with the rows drawn
 
 
 @torch.no_grad()
@@ -85,7 +87,7 @@ def hill_alpha(weight: Tensor) -> float:
         alpha = 1 + k / sum_{i=1..k} ln(e_{n-i+1} / e_{n-k}),   k = n / 2
 
     weight: [m, n], its eigenvalues e_1 <= ... <= e_n those of W^T W (of W W^T where that is smaller: the same without
-    the zeros). Raises ValueError unless both sides are at least 2.
+    the zeros). 1 where e_{n-k} is 0: no tail is heavier. Raises ValueError unless both sides are at least 2.
     """
     if weight.dim() != 2 or min(weight.shape) < 2:
         raise ValueError(f"hill_alpha needs a matrix of at least 2 x 2, not {list(weight.shape)}")
@@ -108,7 +110,7 @@ def default_threshold(dim: int) -> float:
     return min(13.0, max(3.0, 13 * math.sqrt(dim / 4096)))
 
 
-CALIBRATION_ROWS = 32  # of calibration text, enough that D_l moves by a few percent at most with the rows drawn
+# 2. Sample
 
 
 def sampling_probabilities(outliers: Tensor, mode: str = "outlier") -> Tensor:
@@ -181,9 +183,10 @@ class LayerSampler:
         self.activate(list(state["drawn"]))
 
 
-# 2. How they are trained: Adam on projected gradients
+# 3. Project
 
 CHUNK = 2**21  # elements handled at once wherever fp32 copies of a bf16 matrix are needed: 8 MiB
+KRYLOV_BLOCKS = 9  # in a randomized SVD, each a quarter of the rank wide: together 2.25 times as wide as P
 
 
 def row_chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -196,37 +199,37 @@ def row_chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Tensor:
     """Orthonormal basis of a gradient's leading directions on its smaller side (GaLore, arXiv 2403.03507).
 
-    gradient: G [m, n]. Returns fp32 P: V_r [n, rank] where m >= n, U_r [m, rank] where m < n, of G = U S V^T.
-    svd: "exact", or "randomized" block Krylov iteration (Musco and Musco, arXiv 1504.05477). Entries of G that are
-    not finite count as 0, which LAPACK would stop at.
+    gradient: G [m, n]. Returns fp32 P: V_r [n, rank] where m >= n, U_r [m, rank] where m < n, of G = U S V^T; min(m, n)
+    columns where rank is more. svd: "exact", or "randomized" block Krylov iteration (Musco and Musco, arXiv 1504.05477),
+    which draws from torch's global generator. Entries of G that are not finite count as 0, which LAPACK would stop at.
+    Raises torch.linalg.LinAlgError where a decomposition does not converge all the same.
     """
     G = gradient if gradient.shape[0] >= gradient.shape[1] else gradient.T  # [larger, smaller]: P spans its rows
     smaller = G.shape[1]
     width = max(8, rank // 4)
-    if svd == "exact" or BLOCKS * width >= smaller:
+    if svd == "exact" or KRYLOV_BLOCKS * width >= smaller:
         return torch.linalg.svd(G.float().nan_to_num(0, 0, 0), full_matrices=False).Vh[:rank].T.contiguous()
 
     def gram(X: Tensor) -> Tensor:
         """G^T G X without an fp32 copy of G. X: [smaller, k]."""
-        return sum(rows.T @ (rows @ X) for rows in (c.float() for (c,) in row_chunks(G))).nan_to_num(0, 0, 0)
+        pieces = [G] if G.dtype == torch.float32 else (rows.float() for (rows,) in row_chunks(G))
+        # G^T (G X), transposed: CPUs multiply a few rows by a matrix faster than a matrix by a few columns.
+        return sum((X.T @ rows.T @ rows).T for rows in pieces).nan_to_num(0, 0, 0)
 
     # Block Krylov: K spans X, AX, A^2 X, ... of A = G^T G and a random X, all of which hold leading directions. Keeping
     # them all takes half the products that iterating on the last alone does, for more energy.
-    K, AK = torch.zeros(2, smaller, BLOCKS * width, device=G.device)
+    K, AK = torch.zeros(2, smaller, KRYLOV_BLOCKS * width, device=G.device)
     X = torch.randn(smaller, width, device=G.device)
-    for n in range(0, BLOCKS * width, width):
+    for n in range(0, KRYLOV_BLOCKS * width, width):
         # Where K holds all of G's directions already, X has nothing new: noise gives it something to make a basis of.
         X = X + 1e-6 * (X.std() + 1e-30) * torch.randn_like(X)
         for _ in range(2):  # once leaves rounding errors along K
             X = orthonormal(X - K[:, :n] @ (K[:, :n].T @ X))
         K[:, n : n + width] = X
         AK[:, n : n + width] = X = gram(X)
-    # Of K's directions keep the `rank` best: leading eigenvectors of K^T A K, [BLOCKS * width] squared.
+    # Of K's directions keep the `rank` best: leading eigenvectors of K^T A K, [KRYLOV_BLOCKS * width] squared.
     leading = torch.linalg.eigh(K.T @ AK).eigenvectors.flip(1)[:, :rank]
     return K @ leading
-
-
-BLOCKS = 9  # each a quarter of the rank wide: K is 2.25 times as wide as P
 
 
 def orthonormal(X: Tensor) -> Tensor:
@@ -273,6 +276,9 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     A parameter that no longer requires a gradient loses its state at the next `step` or `zero_grad`: frozen layers cost
     nothing. bf16 weights are written back by `stochastic_round`.
+
+    lr, weight_decay, betas (of both moments) and eps (in the denominator) are those of torch.optim.AdamW, and a group may
+    have its own.
 
     found_inf: None, or a scalar bool tensor on the parameters' device (the name is torch's own): where it is true, `step`
     leaves weights and moments as they are. The device decides, and nothing waits for it; Adam's bias correction counts the
@@ -463,8 +469,8 @@ def unless(skip: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
 
 
 def adam_step(g: Tensor, m: Tensor, v: Tensor, step: int, group: dict, skip: Tensor | None) -> Tensor:
-    """Update Adam's moments m, v in place with the gradient g (arXiv 1412.6980, algorithm 1); returns the normalised
-    step."""
+    """Update Adam's moments m, v in place with the gradient g, all fp32 and of one shape (arXiv 1412.6980, algorithm 1);
+    returns the normalised step, of that shape. step: how many there were with this one. skip: see `unless`."""
     beta1, beta2 = group["betas"]
     m.copy_(unless(skip, m, m.lerp(g, 1 - beta1)))  # m = beta1 m + (1 - beta1) g
     v.copy_(unless(skip, v, (beta2 * v).addcmul_(g, g, value=1 - beta2)))  # v = beta2 v + (1 - beta2) g^2
@@ -473,14 +479,15 @@ def adam_step(g: Tensor, m: Tensor, v: Tensor, step: int, group: dict, skip: Ten
 
 
 def write_back(p: Tensor, update: Tensor, group: dict, skip: Tensor | None) -> None:
-    """p = (1 - lr * weight_decay) p - lr * update, in fp32, for (some rows of) a parameter of any dtype."""
+    """p = (1 - lr * weight_decay) p - lr * update, in fp32, for (some rows of) a parameter of any dtype; update has p's
+    shape. skip: see `unless`."""
     old = p if p.dtype == torch.float64 else p.float()
     new = (old * (1 - group["lr"] * group["weight_decay"])).sub_(update, alpha=group["lr"])
     new = unless(skip, old, new)
     p.copy_(stochastic_round(new) if p.dtype == torch.bfloat16 else new)
 
 
-# 3. Seeing it
+# Seeing it
 
 
 def layer_chart(columns: dict[str, Sequence[float]], bars: Sequence[float], width: int = 30) -> str:

@@ -84,6 +84,8 @@ METHODS = {
 }
 # The least that owlore trains in a small model, where the paper's shares of a 7B come last of all methods (README.md).
 MIN_ACTIVE, MIN_RANK = 4, 32
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+BAD_STEPS = 10  # in a row, whose loss or gradients are not finite, end the run
 HELD_OUT, HELD_OUT_RECORDS = 0.05, 500  # share of --data, and at most so many records, kept for validation
 
 
@@ -211,7 +213,7 @@ def fit_to_model(args: argparse.Namespace, model: Transformer, tokenizer: Tokeni
         raise InputError(f"{args.ckpt}: {tokenizer.vocab_size} tokens in tokenizer, {config.vocab_size} in model")
 
 
-def treatment(name: str, parameter: Tensor, args: argparse.Namespace) -> str:
+def how_trained(name: str, parameter: Tensor, args: argparse.Namespace) -> str:
     """How a parameter is trained while its layer is active: "projected", "plain" or "frozen"."""
     if not name.startswith("layers."):
         if parameter.dim() == 2:  # embedding and head
@@ -227,7 +229,7 @@ def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAd
     groups = {"plain": {"params": []}, "frozen": {"params": []}}
     groups["projected"] = {"params": [], "rank": args.rank, "update_gap": args.update_gap, "scale": args.scale}
     for name, parameter in model.named_parameters():
-        kind = treatment(name, parameter, args)
+        kind = how_trained(name, parameter, args)
         parameter.requires_grad_(kind != "frozen")
         groups[kind]["params"].append(parameter)
     del groups["frozen"]
@@ -276,7 +278,7 @@ def memory_parts(model: Transformer, args: argparse.Namespace) -> dict[str, int]
 
     def cost(name: str, p: Tensor) -> np.ndarray:
         """Bytes of optimizer state and of gradient."""
-        kind, larger = treatment(name, p, args), max(p.shape)
+        kind, larger = how_trained(name, p, args), max(p.shape)
         if kind == "projected":  # fp32: the basis and two moments; the gradient
             rank = min(args.rank, *p.shape)
             return np.array([4 * rank * (min(p.shape) + 2 * larger), 4 * rank * larger])
@@ -341,7 +343,7 @@ def by_length(dataset: Dataset, batch_size: int) -> list[np.ndarray]:
 
 @torch.no_grad()
 def validation_loss(model: Transformer, dataset: Dataset, batch_size: int, device: str) -> float:
-    """Mean loss per target token, in nats."""
+    """Mean loss per target token, in nats, of a model in eval mode."""
     total, count = 0.0, 0
     for index in tqdm(by_length(dataset, batch_size), "validation loss", leave=False, disable=None):
         tokens, targets = dataset.batch(index)
@@ -356,7 +358,7 @@ def choice_accuracy(
     model: Transformer, records: list[Record], choices: Dataset, batch_size: int, device: str
 ) -> tuple[float, float]:
     """Share of multiple-choice records whose right completion is the likeliest, by the sum of its tokens' log-likelihoods,
-    and by that sum over its length in characters (as lm-eval's acc and acc_norm).
+    and by that sum over its length in characters (as lm-eval's acc and acc_norm). The model is in eval mode.
 
     choices: one row for each choice of each record, in order."""
     scores = np.zeros(len(choices.rows))
@@ -373,6 +375,42 @@ def choice_accuracy(
         start += len(record.choices)
         right += [np.argmax(s) == record.answer for s in (score, score / [len(choice) for choice in record.choices])]
     return tuple((right / len(records)).tolist())
+
+
+class Validation(NamedTuple):
+    """What a model is evaluated on."""
+
+    dataset: Dataset
+    choice_records: list[Record]  # those of it with choices
+    choices: Dataset | None  # one row for each choice of each of them, in order
+
+
+def build_validation(records: list[Record], tokenizer: Tokenizer, seq_len: int) -> Validation:
+    """Tokenise validation records, and the choices of those that have some."""
+    choice_records = [record for record in records if record.choices]
+    rows = [Record([(r.turns[0][0], choice)]) for r in choice_records for choice in r.choices]
+    choices = build_dataset(rows, tokenizer, seq_len, eos=False) if rows else None
+    return Validation(build_dataset(records, tokenizer, seq_len), choice_records, choices)
+
+
+def evaluate(model: Transformer, validation: Validation, args: argparse.Namespace) -> dict[str, float]:
+    """`val_loss`, and where there are choices `val_accuracy` and `val_accuracy_norm`. Leaves the model in train mode."""
+    model.eval()
+    rest = args.micro_batch_size, args.device
+    result = {"val_loss": validation_loss(model, validation.dataset, *rest)}
+    if validation.choices:
+        accuracies = choice_accuracy(model, validation.choice_records, validation.choices, *rest)
+        result["val_accuracy"], result["val_accuracy_norm"] = accuracies
+    model.train()
+    return result
+
+
+def describe(result: dict) -> str:
+    """An evaluation in words."""
+    text = f"validation loss {result['val_loss']:.4f}"
+    if "val_accuracy" in result:
+        text += f", accuracy {result['val_accuracy']:.1%} (by length {result['val_accuracy_norm']:.1%})"
+    return text
 
 
 # The run folder
@@ -401,6 +439,16 @@ def refuse_files(out: Path) -> None:
     """Raise InputError where a folder holds anything but what a run killed before it began would leave."""
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {".lock", "args.json.tmp"}):
         raise InputError(f"--out {out}: holds files already; choose another folder, or --resume its run")
+
+
+def begin_run(out: Path, args: argparse.Namespace) -> IO:
+    """Make and lock the folder of a new run, and write its flags. Returns the lock. Raises InputError as `open_run` and
+    `refuse_files` do."""
+    lock = open_run(out)
+    refuse_files(out)  # of a run that began and ended while this one was loading
+    with atomic_write(out / "args.json") as file:
+        file.write(json.dumps(vars(args), indent=1).encode())
+    return lock
 
 
 def saved_flags(out: Path) -> dict:
@@ -492,14 +540,6 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def describe(result: dict) -> str:
-    """An evaluation in words."""
-    text = f"validation loss {result['val_loss']:.4f}"
-    if "val_accuracy" in result:
-        text += f", accuracy {result['val_accuracy']:.1%} (by length {result['val_accuracy_norm']:.1%})"
-    return text
-
-
 def plot_runs(runs: list[Path], out: Path | None) -> None:
     """Draw losses and accuracy of runs over each other, and below them which layers each trained when."""
     logs = {}
@@ -522,8 +562,7 @@ def plot_runs(runs: list[Path], out: Path | None) -> None:
         axes[-1].set(xlabel="step")
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-BAD_STEPS = 10  # in a row, whose loss or gradients are not finite, end the run
+# The run
 
 
 def resolve_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, IO | None]:
@@ -562,6 +601,55 @@ def catch_signals() -> list[int]:
     return caught
 
 
+def fit_to_device(model: Transformer, args: argparse.Namespace) -> None:
+    """Have blocks recomputed, at a quarter of the time, only where their activations would not fit on a GPU otherwise."""
+    if args.device.startswith("cuda"):
+        room = torch.cuda.get_device_properties(args.device).total_memory - 2 * 2**30
+        model.checkpoint_blocks = peak(memory_parts(model, args)) > room
+
+
+def load_all_records(args: argparse.Namespace) -> tuple[list[Record], list[Record]]:
+    """Records to train on (none with --eval-only) and to validate on."""
+    if args.val_data:
+        return [] if args.eval_only else load_records(args.data), load_records(args.val_data)
+    return split_records(load_records(args.data), HELD_OUT, HELD_OUT_RECORDS, args.seed)
+
+
+def score_layers(model: Transformer, data: Dataset, args: argparse.Namespace) -> Tensor:
+    """D_l, fp32 [L], on rows of the training data."""
+    rows = tqdm(data.sample(CALIBRATION_ROWS, args.seed), "scoring outliers", leave=False, disable=None)
+    return outlier_distribution(model, model.layers, (row.to(args.device) for row in rows), args.threshold)
+
+
+def random_state(device: str) -> dict[str, Tensor]:
+    """Of torch's generators."""
+    state = {"rng": torch.get_rng_state()}
+    return state | {"cuda_rng": torch.cuda.get_rng_state(device)} if device.startswith("cuda") else state
+
+
+def restore(
+    state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None, device: str
+) -> None:
+    """Put everything but the weights, which were loaded with the model, into the state of a checkpoint."""
+    optimizer.load_state_dict(state["optimizer"])
+    model.load_state_dict(state["adapters"], strict=False)
+    if sampler:
+        sampler.load_state_dict(state["sampler"])
+    torch.set_rng_state(state["rng"])
+    if device.startswith("cuda"):
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
+
+
+def print_sizes(model: Transformer, args: argparse.Namespace, out: Path) -> None:
+    """What a run will take of memory and disk."""
+    parts = memory_parts(model, args)
+    saved = parts["weights"] + parts["optimizer state"]
+    listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    print(f"memory: about {peak(parts) / 2**30:.2f} GiB at its peak, of {listed}")
+    print(f"disk: about {saved / 2**30:.2f} GiB for a checkpoint, {args.keep + 1} of them while saving; "
+          f"{shutil.disk_usage(out).free / 2**30:.1f} GiB are free")  # fmt: skip
+
+
 def run(args: argparse.Namespace, given: dict) -> None:
     """The whole run: load, score, sample, train, evaluate, save, report. given: the flags of the command line alone."""
     args, lock = resolve_run(args, given)
@@ -571,43 +659,25 @@ def run(args: argparse.Namespace, given: dict) -> None:
     # is merged: it goes on from the weights it began with.
     source = (out / "state").resolve().parent / "model" if state and args.method != "lora" else Path(args.ckpt)
     device = args.device
+    on_cuda = device.startswith("cuda")
 
     checkpoint_layout(source)
     tokenizer = load_tokenizer(source)
-    if args.val_data:
-        train_records, val_records = [] if args.eval_only else load_records(args.data), load_records(args.val_data)
-    else:
-        train_records, val_records = split_records(load_records(args.data), HELD_OUT, HELD_OUT_RECORDS, args.seed)
+    train_records, val_records = load_all_records(args)
     torch.manual_seed(args.seed)
     model = load_model(source, device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     fit_to_model(args, model, tokenizer)
     if args.method == "lora":
         add_lora(model, args.rank, args.lora_alpha)
-    if device.startswith("cuda"):
-        # Recomputing blocks costs a quarter of the time: only where their activations would not fit otherwise.
-        room = torch.cuda.get_device_properties(device).total_memory - 2 * 2**30
-        model.checkpoint_blocks = peak(memory_parts(model, args)) > room
-
-    val = build_dataset(val_records, tokenizer, args.seq_len)
-    mc_records = [record for record in val_records if record.choices]
-    mc = [Record([(r.turns[0][0], choice)]) for r in mc_records for choice in r.choices]
-    choices = build_dataset(mc, tokenizer, args.seq_len, eos=False) if mc else None
-
-    def evaluate() -> dict:
-        model.eval()
-        result = {"val_loss": validation_loss(model, val, args.micro_batch_size, device)}
-        if mc_records:
-            accuracies = choice_accuracy(model, mc_records, choices, args.micro_batch_size, device)
-            result["val_accuracy"], result["val_accuracy_norm"] = accuracies
-        model.train()
-        return result
-
+    fit_to_device(model, args)
+    validation = build_validation(val_records, tokenizer, args.seq_len)
     if args.eval_only:
-        print(f"{args.ckpt} on {args.val_data or 'the held-out part of ' + args.data}: {describe(evaluate())}")
+        result = describe(evaluate(model, validation, args))
+        print(f"{args.ckpt} on {args.val_data or 'the held-out part of ' + args.data}: {result}")
         return
 
     data = load_dataset(train_records, tokenizer, args.seq_len)
-    for name, dataset in ((args.data, data), (args.val_data or "held-out part", val)):
+    for name, dataset in ((args.data, data), (args.val_data or "held-out part", validation.dataset)):
         if dataset.truncated:
             print(f"{name}: {dataset.truncated} of {len(dataset.rows)} records are longer than --seq-len {args.seq_len}: "
                   "their prompts were cut from the left")  # fmt: skip
@@ -616,16 +686,14 @@ def run(args: argparse.Namespace, given: dict) -> None:
     fingerprint = zlib.crc32(data.ids)
     if state and fingerprint != state["data"]:
         raise InputError(f"--data {args.data}: is not what the run in {out} was reading; put the file of then back")
-    steps_per_epoch = math.ceil(len(data.rows) / args.batch_size)
-    steps = args.steps or args.epochs * steps_per_epoch
+    steps = args.steps or args.epochs * math.ceil(len(data.rows) / args.batch_size)
     eval_every = args.eval_every or math.ceil(steps / 4)
 
-    # 1. Score the layers, and 2. sample them
     sampler, outliers = None, None
     if args.sampling:
-        rows = tqdm(data.sample(CALIBRATION_ROWS, args.seed), "scoring outliers", leave=False, disable=None)
-        batches = (row.to(device) for row in rows)
-        outliers = state["outliers"] if state else outlier_distribution(model, model.layers, batches, args.threshold)
+        # 1. Score
+        outliers = state["outliers"] if state else score_layers(model, data, args)
+        # 2. Sample
         probabilities = sampling_probabilities(outliers, args.sampling)
         sampler = LayerSampler(model.layers, probabilities, args.active, args.seed)
         if args.compile:  # now that scoring, which looks into the blocks, is done
@@ -633,22 +701,13 @@ def run(args: argparse.Namespace, given: dict) -> None:
             model.compile_frozen_blocks()
     # 3. Project
     optimizer = build_optimizer(model, args)
-    step, skipped, bad, saved = 0, 0, 0, state and state["step"]
-    if state:
-        step, skipped = state["step"], state["skipped"]
-        optimizer.load_state_dict(state["optimizer"])
-        model.load_state_dict(state["adapters"], strict=False)
-        if sampler:
-            sampler.load_state_dict(state["sampler"])
-        torch.set_rng_state(state["rng"])
-        if device.startswith("cuda"):
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
 
+    step, skipped, bad, saved = 0, 0, 0, None
+    if state:
+        step, skipped, saved = state["step"], state["skipped"], state["step"]
+        restore(state, model, optimizer, sampler, device)
     if not resumed:
-        lock = open_run(out)  # noqa: F841 (held until the process ends)
-        refuse_files(out)  # of a run that began and ended while this one was loading
-        with atomic_write(out / "args.json") as file:
-            file.write(json.dumps(vars(args), indent=1).encode())
+        lock = begin_run(out, args)  # noqa: F841 (held until the process ends)
     metrics = Metrics(out / "metrics.jsonl", step if state else -1)
 
     def save() -> str | None:
@@ -656,35 +715,28 @@ def run(args: argparse.Namespace, given: dict) -> None:
         nonlocal saved
         if saved == step:
             return None
-        rng = {"rng": torch.get_rng_state()}
-        if device.startswith("cuda"):
-            rng["cuda_rng"] = torch.cuda.get_rng_state(device)
+        now = {"step": step, "skipped": skipped, "before": before, "after": after, "outliers": outliers,
+               "data": fingerprint, "adapters": adapters(model), "optimizer": optimizer.state_dict(),
+               "sampler": sampler and sampler.state_dict(), **random_state(device)}  # fmt: skip
         try:
-            save_checkpoint(out, args.keep, model, source, {
-                "step": step, "skipped": skipped, "before": before, "after": after, "outliers": outliers,
-                "data": fingerprint, "adapters": adapters(model), "optimizer": optimizer.state_dict(), "sampler": sampler and sampler.state_dict(), **rng,
-            })  # fmt: skip
+            save_checkpoint(out, args.keep, model, source, now)
         except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
             return f"--out {out}: step {step} could not be saved ({error}); the checkpoint before it is kept"
         saved = step
+        return None
 
-    parts = memory_parts(model, args)
-    size = parts["weights"] + parts["optimizer state"]
-    listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-    print(f"memory: about {peak(parts) / 2**30:.2f} GiB at its peak, of {listed}")
-    print(f"disk: about {size / 2**30:.2f} GiB for a checkpoint, {args.keep + 1} of them while saving; "
-          f"{shutil.disk_usage(out).free / 2**30:.1f} GiB are free")  # fmt: skip
+    print_sizes(model, args, out)
     where = f"{steps} steps on {device} in {args.dtype}"
     print(f"{args.method}: {args.ckpt} on {args.data} ({len(data.rows)} rows), {where}")
     if state:
         before, after = state["before"], state["after"]
     else:
-        before = after = evaluate()
+        before = after = evaluate(model, validation, args)
         metrics.log(step=0, **before)
 
     signals = catch_signals()
     reader = ThreadPoolExecutor(1)
-    batches = reader.submit(read_batch, data, args, step, device.startswith("cuda"))
+    batches = reader.submit(read_batch, data, args, step, on_cuda)
     bar = tqdm(total=steps, initial=step, desc="training", dynamic_ncols=True)
     while step < steps and not signals:
         began = time.perf_counter()
@@ -696,17 +748,15 @@ def run(args: argparse.Namespace, given: dict) -> None:
             (tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True), share)
             for tokens, targets, share in batches.result()
         ]
-        batches = reader.submit(read_batch, data, args, step + 1, device.startswith("cuda"))  # while this step computes
+        batches = reader.submit(read_batch, data, args, step + 1, on_cuda)  # while this step computes
         try:
             loss, norm = accumulate_gradients(model, optimizer, micro_batches, args.max_grad_norm)
             optimizer.step()
         except torch.OutOfMemoryError:
-            raise InputError(
-                f"--device {device}: out of memory in step {step + 1}; {ways_to_save(model, args)}"
-            ) from None
-        loss, norm = torch.stack(
-            [loss, norm.to(loss)]
-        ).tolist()  # but for a refresh's SVD, a step's only wait for the device
+            problem = f"--device {device}: out of memory in step {step + 1}"
+            raise InputError(f"{problem}; {ways_to_save(model, args)}") from None
+        # But for a refresh's SVD, a step's only wait for the device.
+        loss, norm = torch.stack([loss, norm.to(loss)]).tolist()
         good = math.isfinite(loss + norm)
         step += 1
         skipped, bad = skipped + (not good), 0 if good else bad + 1
@@ -731,7 +781,7 @@ def run(args: argparse.Namespace, given: dict) -> None:
             raise InputError(f"--lr {args.lr}: {bad} steps in a row had a loss or gradients that are not finite; "
                              f"try a smaller one. What was saved up to step {step - bad} is kept in {out}")  # fmt: skip
         if step % eval_every == 0 or step == steps:
-            after = evaluate()
+            after = evaluate(model, validation, args)
             metrics.log(step=step, **after)
             tqdm.write(f"step {step}: " + describe(after))
         if args.save_every and step % args.save_every == 0 and step < steps and not bad and (problem := save()):
@@ -743,7 +793,7 @@ def run(args: argparse.Namespace, given: dict) -> None:
         print(f"stopped at step {step} of {steps}; to go on: python train.py --resume --out {out}")
         sys.exit(128 + signals[0])
 
-    if outliers is not None:
+    if sampler:
         print(f"\nShare of outliers (above {args.threshold:g} times the mean) and sampling probability by layer:")
         columns = {"outliers %": (100 * outliers).tolist(), "p": probabilities.tolist()}
         print(layer_chart(columns, outliers.tolist()))
