@@ -488,6 +488,12 @@ BLOCK_NAMES = {  # Meta's name -> Hugging Face's
     "ffn_norm": "post_attention_layernorm",
 }
 OUTER_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+ROPE_KEYS = {  # ModelConfig's field -> its key in Hugging Face's rope_scaling
+    "rope_scaling_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_length": "original_max_position_embeddings",
+}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -573,7 +579,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_meta(path: Path) -> tuple[dict, dict[str, list[Tensor]]]:
-    """Meta's raw layout: `params.json` and `consolidated.*`. Returns the config's fields and each parameter's shards."""
+    """Meta's raw layout: `params.json` and `consolidated.*`. Returns the config's fields and each
+    parameter's shards. Raises InputError for files that are missing or damaged."""
     params = read_config(path / "params.json")
     files = sorted(path.glob("consolidated*.pth")) or sorted(path.glob("consolidated*.safetensors"))
     if not files:
@@ -601,7 +608,8 @@ def read_meta(path: Path) -> tuple[dict, dict[str, list[Tensor]]]:
 
 def read_hf(path: Path) -> tuple[dict, dict[str, list[Tensor]]]:
     """Hugging Face's layout: `config.json` and `model*.safetensors` or `pytorch_model*.bin`. Returns the config's fields
-    under Meta's names and each parameter's one piece, q and k rows put back in Meta's order."""
+    under Meta's names and each parameter's one piece, rows of q and k in Hugging Face's order still. Raises InputError for
+    files that are missing or damaged, and for other models than LLaMA's and Mistral's."""
     config = read_config(path / "config.json")
 
     def need(condition: object, what: str) -> None:
@@ -664,14 +672,6 @@ def read_hf(path: Path) -> tuple[dict, dict[str, list[Tensor]]]:
     return params, pieces
 
 
-ROPE_KEYS = {  # ModelConfig's field -> its key in Hugging Face's rope_scaling
-    "rope_scaling_factor": "factor",
-    "rope_low_freq_factor": "low_freq_factor",
-    "rope_high_freq_factor": "high_freq_factor",
-    "rope_original_length": "original_max_position_embeddings",
-}
-
-
 def checkpoint_layout(path: str | Path) -> str:
     """Returns "meta" or "hf". Raises InputError where the folder holds neither."""
     path = Path(path)
@@ -684,6 +684,25 @@ def checkpoint_layout(path: str | Path) -> str:
     if (path / "params.json").is_file():
         return "meta"
     raise InputError(f"{path}: neither params.json (Meta's layout) nor config.json (Hugging Face's) is in this folder")
+
+
+def shard_dimension(name: str, shards: list[Tensor], config: ModelConfig) -> int | None:
+    """The dimension along which a parameter's tensor-parallel shards are joined; None: every shard has all of it."""
+    if name.endswith("norm.weight"):
+        return None
+    if name.startswith("tok_embeddings"):  # LLaMA-1/2 split the columns, LLaMA-3 the rows
+        return 0 if shards[0].shape[-1] == config.dim else 1
+    return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Give back the memory-mapped pages behind a tensor that has been copied, so that the file does not count as a second
+    copy of the model in this process. A hint: pages that are needed again are read again."""
+    if sys.platform == "linux":
+        page, begin = mmap.PAGESIZE, tensor.data_ptr()
+        first, last = -(-begin // page) * page, (begin + tensor.nbytes) // page * page
+        if last > first:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
@@ -741,78 +760,38 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
     return model
 
 
-def shard_dimension(name: str, shards: list[Tensor], config: ModelConfig) -> int | None:
-    """The dimension along which a parameter's tensor-parallel shards are joined; None: every shard has all of it."""
-    if name.endswith("norm.weight"):
-        return None
-    if name.startswith("tok_embeddings"):  # LLaMA-1/2 split the columns, LLaMA-3 the rows
-        return 0 if shards[0].shape[-1] == config.dim else 1
-    return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+# Writing checkpoints
 
 
-def drop_pages(tensor: Tensor) -> None:
-    """Give back the memory-mapped pages behind a tensor that has been copied, so that the file does not count as a second
-    copy of the model in this process. A hint: pages that are needed again are read again."""
-    if sys.platform == "linux":
-        page, begin = mmap.PAGESIZE, tensor.data_ptr()
-        first, last = -(-begin // page) * page, (begin + tensor.nbytes) // page * page
-        if last > first:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
-
-
-def save_model(model: Transformer, path: str | Path, layout: str = "meta") -> None:
-    """Write the weights, in the dtype they have, as a checkpoint folder: `layout` "meta" or "hf". LoRA's additions are
-    merged into them. The folder is made where it is missing; a file is replaced only once its successor is whole.
-    Tokenizer files are `data.copy_tokenizer`'s.
-
-    Raises InputError where the folder already holds weights that this layout's file would not replace.
-    """
-    path, config = Path(path), model.config
-    own = {"meta": {"consolidated.00.pth", "params.json"}, "hf": {"model.safetensors", "config.json"}}[layout]
-    for pattern in ("*.safetensors", "*.pth", "*.bin", "*.index.json", "params.json", "config.json"):
-        for other in path.glob(pattern):
-            if other.name not in own:
-                raise InputError(f"{other}: belongs to another checkpoint; save to another folder")
-    path.mkdir(parents=True, exist_ok=True)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters() if name.endswith(".weight")}
+def saved_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each weight, one at a time, with LoRA's additions merged into it. A tied one comes once."""
     adapted = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    if layout == "meta":
-        inferred = {
-            "hidden_dim": config.swiglu_hidden_dim(),
-            "head_dim": config.dim // config.n_heads,
-            "n_kv_heads": config.n_heads,
-            "max_seq_len": config.family_context(),
-            "tie_word_embeddings": config.tie_word_embeddings,
-        }
-        # Meta's own code refuses settings it does not know, so only what differs from its defaults is written.
-        always = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps")
-        defaults = asdict(ModelConfig())
-        params = {k: v for k, v in asdict(config).items() if k in always or v != inferred.get(k, defaults[k])}
-        with atomic_write(path / "consolidated.00.pth") as file:
-            state = {name: (adapted[name].merged() if name in adapted else w).cpu() for name, w in weights.items()}
-            if config.tie_word_embeddings:  # Meta's code wants the head all the same; as one tensor it is stored once
-                state["output.weight"] = state["tok_embeddings.weight"]
-            torch.save(state, file)
-        with atomic_write(path / "params.json") as file:
-            file.write(json.dumps(params, indent=2).encode())
-        return
+    for name, parameter in model.named_parameters():
+        if name.endswith(".weight"):
+            yield name, adapted[name].merged() if name in adapted else parameter.detach()
 
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    for name, weight in weights.items():
-        offsets = [end, end := end + weight.nbytes]
-        header[to_hf_name(name)] = {"dtype": names[weight.dtype], "shape": list(weight.shape), "data_offsets": offsets}
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    with atomic_write(path / "model.safetensors") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for name, weight in tqdm(weights.items(), f"saving {path.name}", leave=False, disable=None):
-            weight = adapted[name].merged() if name in adapted else weight
-            if name.endswith(("wq.weight", "wk.weight")):
-                weight = permute_rotary(weight, config.head_dim, to_hf=True)
-            file.write(weight.contiguous().cpu().view(torch.uint8).numpy())
-    with atomic_write(path / "config.json") as file:
-        file.write(json.dumps(hf_config(model), indent=2).encode())
+
+def save_meta(model: Transformer, path: Path) -> None:
+    """Meta's layout: `consolidated.00.pth` and `params.json`."""
+    config = model.config
+    inferred = {
+        "hidden_dim": config.swiglu_hidden_dim(),
+        "head_dim": config.dim // config.n_heads,
+        "n_kv_heads": config.n_heads,
+        "max_seq_len": config.family_context(),
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+    # Meta's own code refuses settings it does not know, so only what differs from its defaults is written.
+    always = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps")
+    defaults = asdict(ModelConfig())
+    params = {k: v for k, v in asdict(config).items() if k in always or v != inferred.get(k, defaults[k])}
+    with atomic_write(path / "consolidated.00.pth") as file:
+        state = {name: weight.cpu() for name, weight in saved_weights(model)}
+        if config.tie_word_embeddings:  # Meta's code wants the head all the same; as one tensor it is stored once
+            state["output.weight"] = state["tok_embeddings.weight"]
+        torch.save(state, file)
+    with atomic_write(path / "params.json") as file:
+        file.write(json.dumps(params, indent=2).encode())
 
 
 def hf_config(model: Transformer) -> dict:
@@ -843,6 +822,48 @@ def hf_config(model: Transformer) -> dict:
         "torch_dtype": dtype,
         "dtype": dtype,
     } | ({"sliding_window": config.sliding_window} if mistral else {})
+
+
+def save_hf(model: Transformer, path: Path) -> None:
+    """Hugging Face's layout: `model.safetensors` (`read_safetensors` says how it is laid out) and `config.json`."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    weights = {name: p for name, p in model.named_parameters() if name.endswith(".weight")}
+    for name, weight in weights.items():
+        offsets = [end, end := end + weight.nbytes]
+        header[to_hf_name(name)] = {"dtype": names[weight.dtype], "shape": list(weight.shape), "data_offsets": offsets}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with atomic_write(path / "model.safetensors") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        bar = tqdm(saved_weights(model), f"saving {path.name}", len(weights), leave=False, disable=None)
+        for name, weight in bar:
+            if name.endswith(("wq.weight", "wk.weight")):
+                weight = permute_rotary(weight, model.config.head_dim, to_hf=True)
+            file.write(weight.contiguous().cpu().view(torch.uint8).numpy())
+    with atomic_write(path / "config.json") as file:
+        file.write(json.dumps(hf_config(model), indent=2).encode())
+
+
+def save_model(model: Transformer, path: str | Path, layout: str = "meta") -> None:
+    """Write the weights, in the dtype they have, as a checkpoint folder: `layout` "meta" or "hf". LoRA's additions are
+    merged into them. The folder is made where it is missing; a file is replaced only once its successor is whole.
+    Tokenizer files are `data.copy_tokenizer`'s.
+
+    Raises InputError where the folder already holds weights that this layout's file would not replace, OSError or
+    RuntimeError (torch.save's) where writing fails, and KeyError for another layout.
+    """
+    path = Path(path)
+    own = {"meta": {"consolidated.00.pth", "params.json"}, "hf": {"model.safetensors", "config.json"}}[layout]
+    for pattern in ("*.safetensors", "*.pth", "*.bin", "*.index.json", "params.json", "config.json"):
+        for other in path.glob(pattern):
+            if other.name not in own:
+                raise InputError(f"{other}: belongs to another checkpoint; save to another folder")
+    path.mkdir(parents=True, exist_ok=True)
+    if layout == "meta":
+        save_meta(model, path)
+    else:
+        save_hf(model, path)
 
 
 def main() -> None:

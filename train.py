@@ -158,7 +158,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
             number += 1
             args.out = f"{name}-{number}"
     method = METHODS[args.method]
-    for flag in ("sampling", "active", "compile"):
+    for flag in ("sampling", "active", "interval", "compile"):
         if getattr(args, flag) is not None and not method.sampling:
             raise InputError(f"--{flag}: --method {args.method} trains all layers; leave it out, or use owlore or lisa")
     if args.published and args.method not in ("owlore", "galore"):
@@ -537,7 +537,8 @@ def peak_memory(device: str) -> int:
     """Peak bytes so far: of tensors on a GPU, of the whole process elsewhere."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def plot_runs(runs: list[Path], out: Path | None) -> None:
