@@ -55,8 +55,8 @@ def run_command(main: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator:
-    """Open a binary file for writing that takes its place only when it is whole and on disk; until then, and if anything
-    fails, what was there before stays."""
+    """Open a binary file for writing that takes its place only when it is whole and on disk; until then, and if
+    anything fails, what was there before stays."""
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as file:
@@ -209,8 +209,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Copy every tokenizer file, and the settings that Hugging Face keeps beside them, to another checkpoint folder. One of
-    Hugging Face's layout gets what its tools need to know of the tokenizer where the source does not say it."""
+    """Copy every tokenizer file, and the settings that Hugging Face keeps beside them, to another checkpoint folder.
+    One of Hugging Face's layout gets what its tools need to know of the tokenizer where the source does not say it."""
     source, target = Path(source), Path(target)
     for name in (*TOKENIZER_NAMES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                  "added_tokens.json", "chat_template.jinja", "generation_config.json"):  # fmt: skip
@@ -402,7 +402,8 @@ def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def fit(ids: list[int], length: int) -> list[int]:
-    """Shorten a row to `length` tokens: from the prompt's left, keeping BOS; where a completion alone is too long, its end."""
+    """Shorten a row to `length` tokens: from the prompt's left, keeping BOS; where a completion alone is too long, its
+    end."""
     excess = len(ids) - length
     if excess <= 0:
         return ids
@@ -423,8 +424,8 @@ class Dataset:
     truncated: int = 0
 
     def batch(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
-        """tokens, targets: int64 [B, T] of the rows `index`, padded to the longest; targets are the tokens one ahead, -100
-        where there is no loss."""
+        """tokens, targets: int64 [B, T] of the rows `index`, padded to the longest; targets are the tokens one ahead,
+        -100 where there is no loss."""
         rows = [self.ids[begin:end].astype(np.int64) for begin, end in self.rows[index]]
         T = max(len(row) for row in rows) - 1
         tokens, targets = torch.zeros(len(rows), T, dtype=torch.int64), torch.full((len(rows), T), -100)
@@ -444,8 +445,8 @@ class Dataset:
 
 
 def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int, eos: bool = True) -> Dataset:
-    """Tokenise records into rows of at most seq_len + 1 tokens, that is seq_len predictions. eos: end completions with the
-    end-of-text token. Raises InputError where nothing is left to predict."""
+    """Tokenise records into rows of at most seq_len + 1 tokens, that is seq_len predictions. eos: end completions with
+    the end-of-text token. Raises InputError where nothing is left to predict."""
     ids: list[np.ndarray] = []
     rows, truncated, position = [], 0, 0
     stream: list[np.ndarray] = []
@@ -464,7 +465,8 @@ def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int, eos
         rows.append((position, position + len(row)))
         position += len(row)
     length = sum(map(len, stream))
-    # Texts follow one another; a row begins with the last token of the one before, so that each token is predicted once.
+    # Texts follow one another; a row begins with the last token of the one before, so that each token is predicted
+    # once.
     rows += [(position + n, position + min(n + seq_len + 1, length)) for n in range(0, length - 1, seq_len)]
     if not rows:
         raise InputError("--data: too short: not two tokens of text in a row")
@@ -475,8 +477,8 @@ KEPT_FROM = 2**20  # characters; less is tokenised again as fast as read
 
 
 def load_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int) -> Dataset:
-    """`build_dataset`, kept on disk and memory-mapped from there when the same text is asked for again. The files are in
-    ~/.cache/owlore (or $XDG_CACHE_HOME/owlore), named by what they were made of; they may be deleted at any time."""
+    """`build_dataset`, kept on disk and memory-mapped from there when the same text is asked for again. The files are
+    in ~/.cache/owlore (or $XDG_CACHE_HOME/owlore), named by what they were made of; they may be deleted at any time."""
     if sum(len(text) for record in records for turn in record.turns for text in turn) < KEPT_FROM:
         return build_dataset(records, tokenizer, seq_len)
     key = hashlib.sha256(f"1 {tokenizer.digest} {seq_len}".encode())

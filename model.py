@@ -133,8 +133,8 @@ FUSED_RMS_NORM = hasattr(torch.ops.aten, "_fused_rms_norm_backward")  # torch ha
 
 
 class LeanRMSNorm(torch.autograd.Function):
-    """F.rms_norm that keeps x and one number a row for the backward pass, where torch's plain-operation version, the one
-    it has for CPUs and had for GPUs before 2.9, keeps two fp32 copies of x."""
+    """F.rms_norm that keeps x and one number a row for the backward pass, where torch's plain-operation version, the
+    one it has for CPUs and had for GPUs before 2.9, keeps two fp32 copies of x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -194,9 +194,9 @@ class WeightGradient(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """y = x W^T whose backward pass first makes the weight's gradient, lets go of x, and only then makes the gradient of x.
-    What projects the weight's gradient and frees it, as `ProjectedAdam` does, has done so by then: autograd's own would
-    hold x and both gradients at once."""
+    """y = x W^T whose backward pass first makes the weight's gradient, lets go of x, and only then makes the gradient
+    of x. What projects the weight's gradient and frees it, as `ProjectedAdam` does, has done so by then: autograd's own
+    would hold x and both gradients at once."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -248,7 +248,8 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped-query heads (arXiv 2305.13245): n_heads queries share n_kv_heads keys and values."""
+    """Causal self-attention with grouped-query heads (arXiv 2305.13245): n_heads queries share n_kv_heads keys and
+    values."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -285,8 +286,9 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """dgate = grad * up * silu'(gate), dup = grad * silu(gate), written over up and gate, which nothing else needs: with
-        them go the two largest tensors of the backward pass. (A second backward pass would be refused by autograd.)"""
+        """dgate = grad * up * silu'(gate), dup = grad * silu(gate), written over up and gate, which nothing else needs:
+        with them go the two largest tensors of the backward pass. (A second backward pass would be refused by
+        autograd.)"""
         gate, up = ctx.saved_tensors
         rows = max(1, CHUNK // gate.shape[-1])
         for g, u, d in zip(*(t.flatten(0, -2).split(rows) for t in (gate, up, grad))):
@@ -389,8 +391,9 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def compile_frozen_blocks(self) -> None:
-        """From now on run blocks by a compiled `Block.forward`, one for all, while they are frozen. An active one runs as it
-        is written: in its backward pass the optimizer takes the gradients, which a compiled one has no place for."""
+        """From now on run blocks by a compiled `Block.forward`, one for all, while they are frozen. An active one runs
+        as it is written: in its backward pass the optimizer takes the gradients, which a compiled one has no place
+        for."""
         compiled = torch.compile(Block.forward)
 
         def forward(block: Block, *inputs) -> Tensor:
@@ -441,8 +444,8 @@ def add_lora(model: Transformer, rank: int, alpha: float) -> None:
 
 
 def stream(model: Transformer, tokens: Tensor, max_new_tokens: int, temperature: float, top_p: float) -> Iterator:
-    """`generate`, one step at a time: yields int [B], max_new_tokens times. Raises ValueError for tokens without any, or
-    more in all than the model's context."""
+    """`generate`, one step at a time: yields int [B], max_new_tokens times. Raises ValueError for tokens without any,
+    or more in all than the model's context."""
     if tokens.shape[1] < 1:
         raise ValueError("generation needs at least one token to begin with: the BOS token, say")
     if tokens.shape[1] + max_new_tokens > model.config.max_seq_len:
@@ -607,9 +610,9 @@ def read_meta(path: Path) -> tuple[dict, dict[str, list[Tensor]]]:
 
 
 def read_hf(path: Path) -> tuple[dict, dict[str, list[Tensor]]]:
-    """Hugging Face's layout: `config.json` and `model*.safetensors` or `pytorch_model*.bin`. Returns the config's fields
-    under Meta's names and each parameter's one piece, rows of q and k in Hugging Face's order still. Raises InputError for
-    files that are missing or damaged, and for other models than LLaMA's and Mistral's."""
+    """Hugging Face's layout: `config.json` and `model*.safetensors` or `pytorch_model*.bin`. Returns the config's
+    fields under Meta's names and each parameter's one piece, rows of q and k in Hugging Face's order still. Raises
+    InputError for files that are missing or damaged, and for other models than LLaMA's and Mistral's."""
     config = read_config(path / "config.json")
 
     def need(condition: object, what: str) -> None:
@@ -696,8 +699,8 @@ def shard_dimension(name: str, shards: list[Tensor], config: ModelConfig) -> int
 
 
 def drop_pages(tensor: Tensor) -> None:
-    """Give back the memory-mapped pages behind a tensor that has been copied, so that the file does not count as a second
-    copy of the model in this process. A hint: pages that are needed again are read again."""
+    """Give back the memory-mapped pages behind a tensor that has been copied, so that the file does not count as a
+    second copy of the model in this process. A hint: pages that are needed again are read again."""
     if sys.platform == "linux":
         page, begin = mmap.PAGESIZE, tensor.data_ptr()
         first, last = -(-begin // page) * page, (begin + tensor.nbytes) // page * page

@@ -82,7 +82,8 @@ def outlier_distribution(
 
 @torch.no_grad()
 def hill_alpha(weight: Tensor) -> float:
-    """PL_Alpha_Hill, the Hill estimate of a power law's exponent in the spectrum of a matrix; smaller is heavier-tailed.
+    """PL_Alpha_Hill, the Hill estimate of a power law's exponent in the spectrum of a matrix; smaller is
+    heavier-tailed.
 
         alpha = 1 + k / sum_{i=1..k} ln(e_{n-i+1} / e_{n-k}),   k = n / 2
 
@@ -105,8 +106,8 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 
 
 def default_threshold(dim: int) -> float:
-    """Outlier threshold for a model's width: the paper's 13 at 4096 and above, and less below (it names 3 to 7 for smaller
-    models, whose scores are spread less)."""
+    """Outlier threshold for a model's width: the paper's 13 at 4096 and above, and less below (it names 3 to 7 for
+    smaller models, whose scores are spread less)."""
     return min(13.0, max(3.0, 13 * math.sqrt(dim / 4096)))
 
 
@@ -200,9 +201,9 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     """Orthonormal basis of a gradient's leading directions on its smaller side (GaLore, arXiv 2403.03507).
 
     gradient: G [m, n]. Returns fp32 P: V_r [n, rank] where m >= n, U_r [m, rank] where m < n, of G = U S V^T; min(m, n)
-    columns where rank is more. svd: "exact", or "randomized" block Krylov iteration (Musco and Musco, arXiv 1504.05477),
-    which draws from torch's global generator. Entries of G that are not finite count as 0, which LAPACK would stop at.
-    Raises torch.linalg.LinAlgError where a decomposition does not converge all the same.
+    columns where rank is more. svd: "exact", or "randomized" block Krylov iteration (Musco and Musco, arXiv
+    1504.05477), which draws from torch's global generator. Entries of G that are not finite count as 0, which LAPACK
+    would stop at. Raises torch.linalg.LinAlgError where a decomposition does not converge all the same.
     """
     G = gradient if gradient.shape[0] >= gradient.shape[1] else gradient.T  # [larger, smaller]: P spans its rows
     smaller = G.shape[1]
@@ -233,8 +234,8 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
 
 
 def orthonormal(X: Tensor) -> Tensor:
-    """An orthonormal basis of X's columns, X L^-T with L L^T = X^T X (Cholesky QR): a few small products, where a GPU is
-    slow at Householder's QR. It squares X's condition number, for which fp64 has room.
+    """An orthonormal basis of X's columns, X L^-T with L L^T = X^T X (Cholesky QR): a few small products, where a GPU
+    is slow at Householder's QR. It squares X's condition number, for which fp64 has room.
 
     X: fp32 [n, k], k linearly independent columns. Returns fp32 [n, k]."""
     X = X.double()
@@ -277,16 +278,17 @@ class ProjectedAdam(torch.optim.Optimizer):
     A parameter that no longer requires a gradient loses its state at the next `step` or `zero_grad`: frozen layers cost
     nothing. bf16 weights are written back by `stochastic_round`.
 
-    lr, weight_decay, betas (of both moments) and eps (in the denominator) are those of torch.optim.AdamW, and a group may
-    have its own.
+    lr, weight_decay, betas (of both moments) and eps (in the denominator) are those of torch.optim.AdamW, and a group
+    may have its own.
 
-    found_inf: None, or a scalar bool tensor on the parameters' device (the name is torch's own): where it is true, `step`
-    leaves weights and moments as they are. The device decides, and nothing waits for it; Adam's bias correction counts the
-    step nevertheless.
+    found_inf: None, or a scalar bool tensor on the parameters' device (the name is torch's own): where it is true,
+    `step` leaves weights and moments as they are. The device decides, and nothing waits for it; Adam's bias correction
+    counts the step nevertheless.
 
     failed_refreshes: how many new bases were not to be had (see `_refresh`) since this object was made.
 
-    rotate: whether the first moment is turned into the new basis when P changes; it stays as it is in the published code.
+    rotate: whether the first moment is turned into the new basis when P changes; it stays as it is in the published
+    code.
 
     svd: "randomized" or "exact". Raises ValueError for settings out of range and for projecting what is not a matrix.
     """
@@ -342,8 +344,9 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _project_product(self, parameter: Tensor, group: dict, dY: Tensor, X: Tensor) -> bool:
-        """`_project` of G = dY^T X (dY: [tokens, m], X: [tokens, n]) without making G, at rank / m + rank / n of the cost:
-        R = dY^T (X P) where m >= n, (dY P)^T X where m < n. False, and nothing done, where a new basis needs G itself."""
+        """`_project` of G = dY^T X (dY: [tokens, m], X: [tokens, n]) without making G, at rank / m + rank / n of the
+        cost: R = dY^T (X P) where m >= n, (dY P)^T X where m < n. False, and nothing done, where a new basis needs G
+        itself."""
         state = self.state[parameter]
         if "basis" not in state or ("gradient" not in state and state.get("step", 0) % group["update_gap"] == 0):
             return False
@@ -371,9 +374,9 @@ class ProjectedAdam(torch.optim.Optimizer):
                 R.addmm_(P_rows.T, G_rows.float())  # R += P^T G
 
     def _refresh(self, state: dict, G: Tensor, group: dict) -> None:
-        """Recompute P from G, and turn the first moment into the new basis (`rotate`). Where G is not finite or its SVD fails, the last
-        basis is kept (any will do where there is none) and `failed_refreshes` counts it: a scalar tensor, so that nothing
-        waits for the device."""
+        """Recompute P from G, and turn the first moment into the new basis (`rotate`). Where G is not finite or its SVD
+        fails, the last basis is kept (any will do where there is none) and `failed_refreshes` counts it: a scalar
+        tensor, so that nothing waits for the device."""
         tall, rank = G.shape[0] >= G.shape[1], min(group["rank"], *G.shape)
         good = torch.isfinite(torch.linalg.vector_norm(G, dtype=torch.float32))
         last = state["basis"] if "basis" in state else torch.eye(min(G.shape), rank, device=G.device)
@@ -469,8 +472,8 @@ def unless(skip: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
 
 
 def adam_step(g: Tensor, m: Tensor, v: Tensor, step: int, group: dict, skip: Tensor | None) -> Tensor:
-    """Update Adam's moments m, v in place with the gradient g, all fp32 and of one shape (arXiv 1412.6980, algorithm 1);
-    returns the normalised step, of that shape. step: how many there were with this one. skip: see `unless`."""
+    """Update Adam's moments m, v in place with the gradient g, all fp32 and of one shape (arXiv 1412.6980, algorithm
+    1); returns the normalised step, of that shape. step: how many there were with this one. skip: see `unless`."""
     beta1, beta2 = group["betas"]
     m.copy_(unless(skip, m, m.lerp(g, 1 - beta1)))  # m = beta1 m + (1 - beta1) g
     v.copy_(unless(skip, v, (beta2 * v).addcmul_(g, g, value=1 - beta2)))  # v = beta2 v + (1 - beta2) g^2
@@ -491,7 +494,8 @@ def write_back(p: Tensor, update: Tensor, group: dict, skip: Tensor | None) -> N
 
 
 def layer_chart(columns: dict[str, Sequence[float]], bars: Sequence[float], width: int = 30) -> str:
-    """A table with one row per layer: columns of numbers, by heading, and a bar for each row, the longest `width` wide."""
+    """A table with one row per layer: columns of numbers, by heading, and a bar for each row, the longest `width`
+    wide."""
     cells = zip(*([f"{value:.4f}" for value in values] for values in columns.values()))
     rows = [["layer", *columns]] + [[str(n), *row] for n, row in enumerate(cells)]
     widths = [max(map(len, column)) for column in zip(*rows)]

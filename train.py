@@ -238,8 +238,8 @@ def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAd
 
 
 def read_batch(data: Dataset, args: argparse.Namespace, step: int, pin: bool) -> list[tuple[Tensor, Tensor, float]]:
-    """The micro-batches of a step: tokens, targets (int [B, T]) and the share of the step's targets that they hold. pin:
-    in pinned memory, from which `.to(device)` need not wait."""
+    """The micro-batches of a step: tokens, targets (int [B, T]) and the share of the step's targets that they hold.
+    pin: in pinned memory, from which `.to(device)` need not wait."""
     # The order of an epoch is a function of seed and epoch alone, so a resumed run reads what it would have read.
     epoch, position = divmod(step, math.ceil(len(data.rows) / args.batch_size))
     order = np.random.default_rng([args.seed, epoch]).permutation(len(data.rows))
@@ -254,9 +254,9 @@ def read_batch(data: Dataset, args: argparse.Namespace, step: int, pin: bool) ->
 def accumulate_gradients(
     model: Transformer, optimizer: ProjectedAdam, micro_batches: list[tuple], max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """What an optimizer step needs. micro_batches: tokens, targets (int [B, T]) and this part's share of all targets, so
-    that the parts add up to the mean over the whole batch. Returns the loss and the gradients' norm before clipping; where
-    one of them is not finite, the optimizer's next step will change nothing."""
+    """What an optimizer step needs. micro_batches: tokens, targets (int [B, T]) and this part's share of all targets,
+    so that the parts add up to the mean over the whole batch. Returns the loss and the gradients' norm before clipping;
+    where one of them is not finite, the optimizer's next step will change nothing."""
     optimizer.zero_grad()
     loss = 0.0
     for tokens, targets, share in micro_batches:
@@ -357,8 +357,9 @@ def validation_loss(model: Transformer, dataset: Dataset, batch_size: int, devic
 def choice_accuracy(
     model: Transformer, records: list[Record], choices: Dataset, batch_size: int, device: str
 ) -> tuple[float, float]:
-    """Share of multiple-choice records whose right completion is the likeliest, by the sum of its tokens' log-likelihoods,
-    and by that sum over its length in characters (as lm-eval's acc and acc_norm). The model is in eval mode.
+    """Share of multiple-choice records whose right completion is the likeliest, by the sum of its tokens'
+    log-likelihoods, and by that sum over its length in characters (as lm-eval's acc and acc_norm). The model is in eval
+    mode.
 
     choices: one row for each choice of each record, in order."""
     scores = np.zeros(len(choices.rows))
@@ -394,7 +395,8 @@ def build_validation(records: list[Record], tokenizer: Tokenizer, seq_len: int) 
 
 
 def evaluate(model: Transformer, validation: Validation, args: argparse.Namespace) -> dict[str, float]:
-    """`val_loss`, and where there are choices `val_accuracy` and `val_accuracy_norm`. Leaves the model in train mode."""
+    """`val_loss`, and where there are choices `val_accuracy` and `val_accuracy_norm`. Leaves the model in train
+    mode."""
     model.eval()
     rest = args.micro_batch_size, args.device
     result = {"val_loss": validation_loss(model, validation.dataset, *rest)}
@@ -460,7 +462,8 @@ def saved_flags(out: Path) -> dict:
 
 
 def load_state(out: Path) -> dict | None:
-    """What the newest checkpoint left beside its weights; None before the first. Raises InputError where it is damaged."""
+    """What the newest checkpoint left beside its weights; None before the first. Raises InputError where it is
+    damaged."""
     path = out / "state" / "state.pt"
     if not path.is_file():
         if (out / "state").is_symlink():
@@ -474,8 +477,8 @@ def load_state(out: Path) -> dict | None:
 
 def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, state: dict) -> None:
     """Write checkpoints/step-N beside the others, complete and synced, before anything points to it; then link `state`
-    and `model` to it, and remove all but the `keep` newest. Raises OSError or RuntimeError where writing fails; what was
-    there before is then still there."""
+    and `model` to it, and remove all but the `keep` newest. Raises OSError or RuntimeError where writing fails; what
+    was there before is then still there."""
     source = out / "model" if (out / "model").exists() else source  # of a resumed run: its first source may be gone
     folder = out / "checkpoints" / f"step-{state['step']:07}"
     beside = folder.with_name(folder.name + ".tmp")
@@ -567,8 +570,9 @@ def plot_runs(runs: list[Path], out: Path | None) -> None:
 
 
 def resolve_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, IO | None]:
-    """The run's flags, those that depend on the model excepted, and the lock of its folder where it is one to continue: it
-    has the flags that it began with. given: the flags of the command line alone. Raises InputError where they disagree."""
+    """The run's flags, those that depend on the model excepted, and the lock of its folder where it is one to continue:
+    it has the flags that it began with. given: the flags of the command line alone. Raises InputError where they
+    disagree."""
     if args.resume and args.out is None:
         raise InputError("--resume: name the run's folder with --out")
     if args.resume and (Path(args.out) / "args.json").exists():
@@ -603,7 +607,8 @@ def catch_signals() -> list[int]:
 
 
 def fit_to_device(model: Transformer, args: argparse.Namespace) -> None:
-    """Have blocks recomputed, at a quarter of the time, only where their activations would not fit on a GPU otherwise."""
+    """Have blocks recomputed, at a quarter of the time, only where their activations would not fit on a GPU
+    otherwise."""
     if args.device.startswith("cuda"):
         room = torch.cuda.get_device_properties(args.device).total_memory - 2 * 2**30
         model.checkpoint_blocks = peak(memory_parts(model, args)) > room
@@ -680,8 +685,8 @@ def run(args: argparse.Namespace, given: dict) -> None:
     data = load_dataset(train_records, tokenizer, args.seq_len)
     for name, dataset in ((args.data, data), (args.val_data or "held-out part", validation.dataset)):
         if dataset.truncated:
-            print(f"{name}: {dataset.truncated} of {len(dataset.rows)} records are longer than --seq-len {args.seq_len}: "
-                  "their prompts were cut from the left")  # fmt: skip
+            share = f"{dataset.truncated} of {len(dataset.rows)} records"
+            print(f"{name}: {share} are longer than --seq-len {args.seq_len}: their prompts were cut from the left")
     if not data.predicts():
         raise InputError(f"{args.data}: nothing to learn: every completion is empty")
     fingerprint = zlib.crc32(data.ids)
