@@ -596,6 +596,7 @@ def catch_signals() -> list[int]:
     caught: list[int] = []
 
     def on_signal(number: int, _) -> None:
+        """The handler of both."""
         if caught:
             os._exit(128 + number)
         caught.append(number)
