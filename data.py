@@ -271,7 +271,7 @@ def parse_record(record: object) -> Record:
     json.dumps(record, ensure_ascii=False).encode()  # UnicodeEncodeError, a ValueError, for half a surrogate pair
 
     def text(key: str, default: str | None = None) -> str:
-        """A field that must hold text; empty where it is absent."""
+        """A field that must hold text; `default` stands in where it is absent."""
         value = record.get(key, default)
         if not isinstance(value, str):
             raise ValueError(f"{key!r} must be a text, this is {json.dumps(value)[:40]}")
