@@ -2,10 +2,12 @@
 
     pytest -q test_owlore.py
 
-Tests that read the data in ../shared, or need an optional package, skip where it is absent.
+Tests that read the data in ../shared, or need an optional package, skip if it is absent.
 """
 
-import functools
+import contextlib
+import copy
+import io
 import itertools
 import json
 import math
@@ -13,6 +15,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -30,18 +33,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model as model_module
 import owlore
 import train
-from data import InputError, build_dataset, encode_turn, fit, load_records, load_tokenizer, parse_record, split_records
+from data import InputError, Record, build_dataset, encode_turn, fit, load_records, load_tokenizer, parse_record
 from model import (
-    KVCache,
+    ChunkedCrossEntropy,
+    LoRALinear,
     ModelConfig,
+    SwiGLU,
     Transformer,
+    add_lora,
     generate,
     load_model,
+    read_checkpoint,
     read_safetensors,
     save_model,
 )
@@ -59,7 +68,7 @@ torch.set_num_threads(1)  # on tensors this small a second thread only costs
 
 SHARED = Path(__file__).parent.parent / "shared"
 STORIES = SHARED / "checkpoints" / "stories260K"
-TINY = Path(__file__).parent / "tiny"
+TINY = data.TINY
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data in ../shared")
 
 CONFIGS = {
@@ -87,76 +96,123 @@ def random_tokens(*shape: int, vocab: int = 101, seed: int = 1) -> torch.Tensor:
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def cli(line: str, main: Callable = train.main) -> tuple[int, str, str]:
+    """Run a command in this process: exit code, stdout and stderr. line: its flags, on the CPU if it does not say."""
+    argv = [f"{main.__module__}.py", *shlex.split(line)]
+    argv += [] if "--device" in line or "--help" in line else ["--device", "cpu"]
+    out, error, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        patch.setattr(sys, "argv", argv)
+        try:
+            main()
+        except SystemExit as exit:
+            code = exit.code or 0
+    return code, out.getvalue(), error.getvalue()
+
+
+def train_run(line: str) -> list[dict]:
+    """Run train.py, which must succeed. Returns its metrics."""
+    code, _, error = cli(line)
+    assert code == 0, error
+    return read_metrics(Path(shlex.split(line)[shlex.split(line).index("--out") + 1]))
+
+
+def read_metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint folder of a small random model, with tiny/'s tokenizer."""
+    path = tmp_path / "ckpt"
+    save_model(build(vocab_size=load_tokenizer(TINY).vocab_size, max_seq_len=256), path, "meta")
+    data.copy_tokenizer(TINY, path)
+    return path
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """A few records of several types."""
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"{n} and {n} is", "completion": f" {2 * n}"} for n in range(30)]
+    rows += [{"prompt": f"Is {n} even?", "choices": [" yes", " no"], "answer": n % 2} for n in range(30)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture
+def base(checkpoint, jsonl):
+    """The flags that most runs share."""
+    return f"--ckpt {checkpoint} --data {jsonl} --batch-size 4"
+
+
+def snapshot(folder: Path) -> dict:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_refused(result: tuple[int, str, str], names: str) -> None:
+    code, _, error = result
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert code == 2 and len(lines) == 1, error
+    assert names in lines[0] and "Traceback" not in error
+
+
 # model.py
 
 
 def reference_logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
-    """The architecture written out for one sequence [T]: complex rotations, one head at a time, an explicit mask."""
-    c, w = model.config, {name: p.double() for name, p in model.state_dict().items()}
-    T = len(tokens)
+    """The architecture written out for one sequence [T] in fp64: one head at a time, complex turns, explicit mask."""
+    c, w = model.config, {name.removesuffix(".weight"): p.double() for name, p in model.state_dict().items()}
 
     def norm(x, weight):
         return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight
 
-    frequencies = []
-    for i in range(c.head_dim // 2):
-        f = c.rope_theta ** (-2 * i / c.head_dim)
-        if c.use_scaled_rope:  # as Meta states it, in wavelengths
-            wavelength = 2 * math.pi / f
-            low, high = (
-                c.rope_original_length / c.rope_low_freq_factor,
-                c.rope_original_length / c.rope_high_freq_factor,
-            )
-            if wavelength > low:
-                f = f / c.rope_scaling_factor
-            elif wavelength > high:
-                smooth = (c.rope_original_length / wavelength - c.rope_low_freq_factor) / (
-                    c.rope_high_freq_factor - c.rope_low_freq_factor
-                )
-                f = (1 - smooth) * f / c.rope_scaling_factor + smooth * f
-        frequencies.append(f)
-    angles = torch.arange(T).double()[:, None] * torch.tensor(frequencies, dtype=torch.float64)
-    turn = torch.polar(torch.ones_like(angles), angles)  # [T, head_dim / 2]
+    frequencies = [c.rope_theta ** (-2 * i / c.head_dim) for i in range(c.head_dim // 2)]
+    if c.use_scaled_rope:  # as Meta states it, in wavelengths
+        for i, f in enumerate(frequencies):
+            wavelength, low, high = 2 * math.pi / f, c.rope_low_freq_factor, c.rope_high_freq_factor
+            smooth = (c.rope_original_length / wavelength - low) / (high - low)
+            if wavelength > c.rope_original_length / low:
+                frequencies[i] = f / c.rope_scaling_factor
+            elif wavelength > c.rope_original_length / high:
+                frequencies[i] = (1 - smooth) * f / c.rope_scaling_factor + smooth * f
+    t = torch.arange(len(tokens)).double()
+    turn = torch.exp(1j * t[:, None] * torch.tensor(frequencies, dtype=torch.float64))  # [T, head_dim / 2]
+    distance = t[:, None] - t
+    unseen = (distance < 0) | (distance >= (c.sliding_window or math.inf))
 
-    x = w["tok_embeddings.weight"][tokens]
+    def heads(y, weight, turned):
+        parts = (y @ weight.T).split(c.head_dim, dim=1)
+        rotate = lambda p: torch.view_as_real(torch.view_as_complex(p.reshape(len(p), -1, 2)) * turn).flatten(1)  # noqa: E731
+        return [rotate(p) if turned else p for p in parts]
+
+    x = w["tok_embeddings"][tokens]
     for n in range(c.n_layers):
-        at = f"layers.{n}."
-        y = norm(x, w[at + "attention_norm.weight"])
-        q, k, v = (y @ w[f"{at}attention.{name}.weight"].T for name in ("wq", "wk", "wv"))
-        heads = []
+        layer = {name.removeprefix(f"layers.{n}."): p for name, p in w.items()}
+        y = norm(x, layer["attention_norm"])
+        q, k, v = (heads(y, layer[f"attention.{name}"], name != "wv") for name in ("wq", "wk", "wv"))
+        out = []
         for h in range(c.n_heads):
             g = h // (c.n_heads // c.n_kv_heads)
-            qh, kh, vh = (t[:, i * c.head_dim : (i + 1) * c.head_dim] for t, i in ((q, h), (k, g), (v, g)))
-            qh, kh = (
-                torch.view_as_real(torch.view_as_complex(t.reshape(T, -1, 2)) * turn).flatten(1) for t in (qh, kh)
-            )
-            scores = qh @ kh.T / math.sqrt(c.head_dim)
-            for i in range(T):
-                for j in range(T):
-                    if j > i or (c.sliding_window and i - j >= c.sliding_window):
-                        scores[i, j] = -math.inf
-            heads.append(scores.softmax(-1) @ vh)
-        x = x + torch.cat(heads, 1) @ w[at + "attention.wo.weight"].T
-        y = norm(x, w[at + "ffn_norm.weight"])
-        gate, up = y @ w[at + "feed_forward.w1.weight"].T, y @ w[at + "feed_forward.w3.weight"].T
-        x = x + (gate * torch.sigmoid(gate) * up) @ w[at + "feed_forward.w2.weight"].T
-    head = w["tok_embeddings.weight"] if c.tie_word_embeddings else w["output.weight"]
-    return norm(x, w["norm.weight"]) @ head.T
+            out.append((q[h] @ k[g].T / math.sqrt(c.head_dim)).masked_fill(unseen, -math.inf).softmax(-1) @ v[g])
+        x = x + torch.cat(out, 1) @ layer["attention.wo"].T
+        y = norm(x, layer["ffn_norm"])
+        gate, up = y @ layer["feed_forward.w1"].T, y @ layer["feed_forward.w3"].T
+        x = x + (gate * torch.sigmoid(gate) * up) @ layer["feed_forward.w2"].T
+    return norm(x, w["norm"]) @ w["tok_embeddings" if c.tie_word_embeddings else "output"].T
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_forward_equals_the_architecture_written_out(family):
     model, tokens = build(family), random_tokens(40)
-    logits = model(tokens[None])[0]
     # fp32 against fp64: a few dozen roundings of 6e-8 on logits of the order of 3
-    torch.testing.assert_close(logits.double(), reference_logits(model, tokens), atol=2e-5, rtol=0)
+    torch.testing.assert_close(model(tokens[None])[0].double(), reference_logits(model, tokens), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("pieces", [[1] * 20, [13, 1, 6], [20]])
 def test_cached_forward_equals_uncached(family, pieces):
-    model, tokens = build(family), random_tokens(2, 20)
-    cache = KVCache(20)
+    model, tokens, cache = build(family), random_tokens(2, 20), {}
     cached = torch.cat([model(part, cache=cache) for part in tokens.split(pieces, dim=1)], dim=1)
     torch.testing.assert_close(cached, model(tokens), atol=1e-5, rtol=0)  # other matmul shapes: fp32 rounding
 
@@ -164,27 +220,26 @@ def test_cached_forward_equals_uncached(family, pieces):
 @pytest.mark.parametrize("family", ["llama3", "mistral"])
 def test_greedy_generation_takes_the_likeliest_token_each_time(family):
     model, tokens = build(family), random_tokens(2, 5)
-    out = generate(model, tokens, 12)
     expected = tokens
     for _ in range(12):
         expected = torch.cat([expected, model(expected)[:, -1].argmax(1, keepdim=True)], 1)
-    assert out.tolist() == expected.tolist()
+    assert generate(model, tokens, 12).tolist() == expected.tolist()
     assert generate(model, tokens[0], 12).tolist() == expected[0].tolist()
 
 
 def test_sampled_generation_follows_the_nucleus():
-    model = build()
-    logits = model(random_tokens(1, 4))[0, -1]
-    probabilities, order = (logits / 0.7).softmax(0).sort(descending=True)
+    model, tokens = build(), random_tokens(1, 4)
+    probabilities, order = (model(tokens)[0, -1] / 0.7).softmax(0).sort(descending=True)
     nucleus = order[: int((probabilities.cumsum(0) < 0.5).sum()) + 1].tolist()
     torch.manual_seed(0)
-    drawn = generate(model, random_tokens(1, 4).expand(500, -1), 1, temperature=0.7, top_p=0.5)[:, -1]
+    drawn = generate(model, tokens.expand(500, -1), 1, temperature=0.7, top_p=0.5)[:, -1]
     assert set(drawn.tolist()) == set(nucleus)
 
 
-def test_generation_beyond_the_context_is_refused():
+@pytest.mark.parametrize("prompt, new", [(100, 29), (0, 5)])
+def test_generation_of_nothing_or_beyond_the_context_is_refused(prompt, new):
     with pytest.raises(ValueError, match="context"):
-        generate(build(), random_tokens(1, 100), 29)
+        generate(build(), random_tokens(1, prompt), new)
 
 
 @pytest.mark.parametrize("chunk", [101, 700, 10**6])
@@ -192,15 +247,50 @@ def test_chunked_loss_equals_cross_entropy(monkeypatch, chunk):
     monkeypatch.setattr(model_module, "CHUNK", chunk)
     model, tokens, targets = build(), random_tokens(3, 17), random_tokens(3, 17, seed=2)
     targets[:, :5] = -100
-    loss = model(tokens, targets)
-    loss.backward()
-    got = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    plain = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-    plain.backward()
-    torch.testing.assert_close(loss, plain, atol=1e-6, rtol=0)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(got[name], p.grad, atol=1e-6, rtol=1e-5)
+    losses = model(tokens, targets), F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
+    for ours, plain in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in losses)):
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [1, 128, 256])
+def test_bf16_loss_has_the_gradients_of_fp64_however_many_its_chunks(monkeypatch, chunks):
+    V, N = 300, 4 * chunks
+    monkeypatch.setattr(model_module, "CHUNK", 4 * V)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, 64).bfloat16(), (0.02 * torch.randn(V, 64)).bfloat16()
+    targets = torch.where(torch.rand(N) < 0.2, -100, torch.randint(V, (N,)))
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
+        chunked = dtype == torch.bfloat16
+        (ChunkedCrossEntropy.apply(h, w, targets) if chunked else F.cross_entropy(h @ w.T, targets)).backward()
+        grads.append((h.grad.double(), w.grad.double()))
+    for ours, exact in zip(*grads):
+        # Rounding to bf16, 8 significant bits, changes a number by 2^-8 of it at most and by 2^-9.3 in the root mean
+        # square, and here it happens twice: to the gradient of the logits, and to the result. (That of the logits
+        # themselves counts for less, as they are small.) A sum of 128 chunks in bf16 was off by 1.5 %.
+        assert (ours - exact).norm() < 2**-8 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_makes_no_gradient_that_nobody_needs(dtype, monkeypatch):
+    monkeypatch.setattr(model_module, "CHUNK", 700)
+    model, tokens = build().to(dtype), random_tokens(1, 50)
+    model.output.requires_grad_(False)
+
+    def head_products(hidden: torch.Tensor) -> float:
+        monkeypatch.setattr(model, "hidden", lambda tokens, cache: hidden)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, tokens)
+        return counter.get_total_flops() / (2 * 50 * 101 * 64)
+
+    hidden = model.hidden(tokens)
+    assert head_products(hidden.detach()) == 1  # the logits
+    assert head_products(hidden) == 2  # and the gradient of what they are made of
+    model.output.requires_grad_(True)
+    with torch.no_grad():
+        assert head_products(hidden.detach()) == 1
 
 
 def test_loss_without_any_target_is_zero():
@@ -208,6 +298,14 @@ def test_loss_without_any_target_is_zero():
     loss = model(random_tokens(1, 5), torch.full((1, 5), -100))
     loss.backward()
     assert loss.item() == 0 and all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_swiglu_has_the_gradients_of_autograd():
+    torch.manual_seed(0)
+    gate, up = (torch.randn(5, 8, requires_grad=True) for _ in range(2))
+    outs = SwiGLU.apply(gate * 1, up * 1), F.silu(gate) * up  # times 1, as the gradients are written over its inputs
+    ours, plain = (torch.autograd.grad(out.square().sum(), (gate, up)) for out in outs)
+    torch.testing.assert_close((outs[0], *ours), (outs[1], *plain))
 
 
 def test_recomputed_blocks_give_the_same_gradients():
@@ -220,63 +318,47 @@ def test_recomputed_blocks_give_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-@pytest.mark.parametrize("checkpointing", (False, True))
-def test_compiled_frozen_blocks_give_the_same_gradients(checkpointing, monkeypatch):
-    # Inductor, torch's own code generator, would need a C++ compiler: what is tested here is the graph it would get.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
-    plain, compiled = build(), build()
-    compiled.compile_frozen_blocks()
-    for active, length in ((0, 9), (2, 9), (1, 7), (1, 12)):
-        losses = []
-        for model in (plain, compiled):
-            model.checkpoint_blocks = checkpointing
-            model.zero_grad()
-            for n, layer in enumerate(model.layers):
-                layer.requires_grad_(n == active)
-            loss = model(random_tokens(2, length), random_tokens(2, length, seed=2))
-            loss.backward()
-            losses.append(loss.item())
-        # the same operations, though fused products may round differently
-        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-        for p, q in zip(plain.parameters(), compiled.parameters()):
-            assert (p.grad is None) == (q.grad is None) == (not p.requires_grad)
-            if p.requires_grad:
-                torch.testing.assert_close(q.grad, p.grad, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_meta_and_hf_saves_load_bit_for_bit(family, dtype, tmp_path):
-    model, tokens = build(family).to(dtype), random_tokens(2, 30)
+def test_lora_trains_low_rank_additions_and_saves_plain_weights(tmp_path):
+    model, tokens = build("mistral"), random_tokens(2, 20)
+    plain = model(tokens)
+    add_lora(model, rank=3, alpha=6.0)
+    assert torch.equal(model(tokens), plain)  # B = 0
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            nn.init.normal_(module.B, std=0.1)
+    linear, x = model.layers[1].feed_forward.w2, torch.randn(5, 96)
+    torch.testing.assert_close(linear(x), x @ (linear.weight + 6.0 / 3 * linear.B @ linear.A).T)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in model.named_parameters() if n.endswith((".A", ".B"))} and len(trained) == 3 * 7 * 2
     for layout in ("meta", "hf"):
         save_model(model, tmp_path / layout, layout)
-        loaded = load_model(tmp_path / layout, dtype=dtype)
-        assert loaded.config == model.config or layout == "hf"
-        assert torch.equal(loaded(tokens), model(tokens))
-        assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in model.named_parameters()]
+        merged = load_model(tmp_path / layout)
+        assert not any(name.endswith((".A", ".B")) for name, _ in merged.named_parameters())
+        torch.testing.assert_close(merged(tokens), model(tokens), rtol=1e-4, atol=1e-5)
+
+
+# model.py: checkpoints
+
+
+def assert_same_model(path: Path, model: Transformer) -> None:
+    """A checkpoint loads as the model, bit for bit."""
+    loaded, dtype = load_model(path, dtype=model.norm.weight.dtype), model.norm.weight.dtype
+    assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in model.named_parameters()]
+    assert all(p.dtype == dtype and torch.equal(p, q) for p, q in zip(loaded.parameters(), model.parameters()))
     assert (loaded.output.weight is loaded.tok_embeddings.weight) == model.config.tie_word_embeddings
+    assert torch.equal(loaded(random_tokens(2, 40)), model(random_tokens(2, 40)))
 
 
-@pytest.mark.parametrize("rows", [False, True], ids=["llama2-columns", "llama3-rows"])
-def test_sharded_meta_checkpoint_equals_the_whole(rows, tmp_path):
-    model = build(vocab_size=102)
-    save_model(model, tmp_path, "meta")
-    whole = torch.load(tmp_path / "consolidated.00.pth")
-    params = json.loads((tmp_path / "params.json").read_text()) | {"vocab_size": -1}
-    (tmp_path / "params.json").write_text(json.dumps(params))
-    for shard in range(2):
-        part = {"rope.freqs": torch.ones(8)}
-        for name, tensor in whole.items():
-            if name.endswith("norm.weight"):
-                part[name] = tensor
-            elif name.endswith(("wo.weight", "w2.weight")) or (name.startswith("tok") and not rows):
-                part[name] = tensor.chunk(2, 1)[shard].clone()
-            else:
-                part[name] = tensor.chunk(2, 0)[shard].clone()
-        torch.save(part, tmp_path / f"consolidated.{shard:02}.pth")
-    loaded = load_model(tmp_path)
-    assert loaded.config.vocab_size == 102
-    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in whole.items())
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saves_load_bit_for_bit(family, dtype, layout, tmp_path):
+    model = build(family).to(dtype)
+    save_model(model, tmp_path, layout)
+    assert_same_model(tmp_path, model)
+    config, pieces = read_checkpoint(tmp_path)
+    assert config == model.config if layout == "meta" else config.max_seq_len == 128
+    assert [list(p.shape) for (p,) in pieces.values()] == [list(p.shape) for p in model.parameters()]
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -284,29 +366,49 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     header, blob = {}, b""
     for name, tensor in tensors.items():
         raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        dtype = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(blob), len(blob) + len(raw)]}
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(blob), len(blob) + len(raw)]}
         blob += raw
     head = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(head)) + head + blob)
+
+
+def edit_json(path: Path, *dropped: str, **changes) -> None:
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in dropped}))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("rows", [False, True], ids=["llama2-columns", "llama3-rows"])
+def test_sharded_meta_checkpoint_equals_the_whole(rows, suffix, tmp_path):
+    model = build(vocab_size=102)
+    save_model(model, tmp_path, "meta")
+    edit_json(tmp_path / "params.json", vocab_size=-1)
+    whole = torch.load(tmp_path / "consolidated.00.pth")
+    (tmp_path / "consolidated.00.pth").unlink()
+    for shard in range(2):
+        part = {"rope.freqs": torch.ones(8)}
+        for name, tensor in whole.items():
+            columns = name.endswith(("wo.weight", "w2.weight")) or (name.startswith("tok") and not rows)
+            part[name] = tensor if "norm" in name else tensor.chunk(2, int(columns))[shard].clone()
+        file = tmp_path / f"consolidated.{shard:02}.{suffix}"
+        write_safetensors(file, part) if suffix == "safetensors" else torch.save(part, file)
+    assert_same_model(tmp_path, model)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_sharded_hf_checkpoint_equals_the_whole(kind, tmp_path):
     model = build("llama3.1")
     save_model(model, tmp_path, "hf")
-    tensors = read_safetensors(tmp_path / "model.safetensors")
-    names = sorted(tensors)
-    weight_map = {}
-    for n, part in enumerate((names[:7], names[7:])):
-        stored = {name: tensors[name].clone() for name in part}
-        file = f"model-0000{n}-of-2.safetensors" if kind == "safetensors" else f"pytorch_model-{n}.bin"
-        write_safetensors(tmp_path / file, stored) if kind == "safetensors" else torch.save(stored, tmp_path / file)
-        weight_map |= {name: file for name in part}
+    tensors = {name: tensor.clone() for name, tensor in read_safetensors(tmp_path / "model.safetensors").items()}
     (tmp_path / "model.safetensors").unlink()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    weight_map = {name: f"part-{n % 2}.{kind}" for n, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        part = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
+        write_safetensors(tmp_path / file, part) if kind == "safetensors" else torch.save(part, tmp_path / file)
     index = "model.safetensors.index.json" if kind == "safetensors" else "pytorch_model.bin.index.json"
     (tmp_path / index).write_text(json.dumps({"weight_map": weight_map}))
-    assert torch.equal(load_model(tmp_path)(random_tokens(1, 9)), model(random_tokens(1, 9)))
+    assert_same_model(tmp_path, model)
 
 
 def test_mistral_raw_safetensors_layout_loads(tmp_path):
@@ -314,17 +416,19 @@ def test_mistral_raw_safetensors_layout_loads(tmp_path):
     save_model(model, tmp_path, "meta")
     write_safetensors(tmp_path / "consolidated.safetensors", torch.load(tmp_path / "consolidated.00.pth"))
     (tmp_path / "consolidated.00.pth").unlink()
-    assert torch.equal(load_model(tmp_path)(random_tokens(1, 9)), model(random_tokens(1, 9)))
+    assert_same_model(tmp_path, model)
 
 
-@pytest.mark.parametrize("version", [4, 5])
-def test_config_json_is_read_in_both_spellings(version, tmp_path):
-    model = build("llama3.2")
+@pytest.mark.parametrize(
+    "dropped",
+    [("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")],
+    ids=["transformers4", "transformers5"],
+)
+def test_config_json_is_read_in_both_spellings(dropped, tmp_path):
+    model = build("llama3.2", rope_theta=5e5)
     save_model(model, tmp_path, "hf")
-    config = json.loads((tmp_path / "config.json").read_text())
-    drop = ("rope_parameters", "dtype") if version == 4 else ("rope_theta", "rope_scaling", "torch_dtype")
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in drop}))
-    assert torch.equal(load_model(tmp_path)(random_tokens(1, 40)), model(random_tokens(1, 40)))
+    edit_json(tmp_path / "config.json", *dropped)
+    assert_same_model(tmp_path, model)
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama3.1", "llama3.2", "mistral"])
@@ -355,115 +459,303 @@ def test_published_params_give_the_published_shapes(params, hidden, context):
     assert (config.hidden_dim, config.max_seq_len) == (hidden, context)
 
 
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "wide", [1], True, None, 2**31])
+@pytest.mark.parametrize("field", ["dim", "n_layers", "norm_eps", "rope_theta"])
+def test_config_refuses_what_is_not_a_positive_number(field, value):
+    with pytest.raises(ValueError, match=f"^{field} is .*$"):
+        ModelConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field, value", dict(dim=64.0, use_scaled_rope=1, n_heads=7, n_kv_heads=3, head_dim=3).items())
+def test_config_refuses_what_does_not_fit(field, value):
+    with pytest.raises(ValueError, match=field):
+        ModelConfig(**{field: value})
+
+
 @needs_shared
-def test_stories260k_tells_its_story(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["model.py", "--ckpt", str(STORIES), "--max-new-tokens", "60", "--device", "cpu"])
-    model_module.main()
+def test_stories260k_tells_its_story():
+    code, text, _ = cli(f"--ckpt {STORIES} --max-new-tokens 60", model_module.main)
     expected = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
-    assert capsys.readouterr().out.strip().startswith(expected)
+    assert code == 0 and text.strip().startswith(expected)
+
+
+@pytest.mark.parametrize("flag", ["--ckpt nowhere", "--temperature nan", "--top-p 0", "--max-new-tokens 0", "--sped 1"])
+def test_bad_flags_of_the_command_are_refused_in_one_line(flag):
+    code, text, error = cli(f"--ckpt . {flag}", model_module.main)
+    assert code == 2 and text == "" and error.count("\n") == 1
+    assert ("nowhere" if "ckpt" in flag else flag.split()[0]) in error
+
+
+# model.py: bad checkpoints lead to one line that names the file or what is wrong with it, and nothing is touched
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("touch code-was-run",)
+
+
+def to_hf(path: Path, **changes) -> Path:
+    """Turn a checkpoint folder into Hugging Face's layout, with changes to its config.json."""
+    model = load_model(path)
+    for name in ("params.json", "consolidated.00.pth"):
+        (path / name).unlink()
+    save_model(model, path, "hf")
+    edit_json(path / "config.json", **changes)
+    return path
+
+
+def edit_tensors(path: Path, *dropped: str, **changes) -> None:
+    """Change tensors in a .pth; a name's dots are spelled __."""
+    state = torch.load(path / "consolidated.00.pth") | {name.replace("__", "."): t for name, t in changes.items()}
+    torch.save({name: t for name, t in state.items() if name not in dropped}, path / "consolidated.00.pth")
+
+
+def edit_header(path: Path, **changes) -> None:
+    raw = (to_hf(path) / "model.safetensors").read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + size])
+    header["lm_head.weight"] |= changes
+    head = json.dumps(header).encode()
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + raw[8 + size :])
+
+
+def truncate(file: Path, share: float) -> None:
+    raw = file.read_bytes()
+    file.write_bytes(raw[: int(len(raw) * share)])
+
+
+def keep_half(path: Path) -> None:
+    """The first of two tensor-parallel shards, alone."""
+    columns, state = ("wo.weight", "w2.weight", "tok_embeddings.weight"), torch.load(path / "consolidated.00.pth")
+    halves = {n: t if "norm" in n else t.chunk(2, int(n.endswith(columns)))[0].clone() for n, t in state.items()}
+    torch.save(halves, path / "consolidated.00.pth")
+
+
+def gap_in_shards(path: Path) -> None:
+    (path / "consolidated.00.pth").rename(path / "consolidated.01.pth")
+
+
+def write_index(path: Path, *files: str) -> None:
+    """Move the weights to the first of these files, and write an index that names them all."""
+    (to_hf(path) / "model.safetensors").rename(path / files[0])
+    weight_map = {f"tensor {n}": file for n, file in enumerate(files)}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+BAD_CHECKPOINTS = {
+    "empty": (lambda p: [f.unlink() for f in p.iterdir()], "params.json"),
+    "no folder": (lambda p: p.rename(p.parent / "elsewhere"), "no such folder"),
+    "without weights": (lambda p: (p / "consolidated.00.pth").unlink(), "consolidated"),
+    "first shard missing": (gap_in_shards, "consolidated.00.pth"),
+    "last shard missing": (keep_half, "shard"),
+    "hf without weights": (lambda p: (to_hf(p) / "model.safetensors").unlink(), "model.safetensors"),
+    "shard of an index missing": (lambda p: write_index(p, "1.safetensors", "2.safetensors"), "2.safetensors"),
+    "index outside the folder": (lambda p: write_index(p, "../elsewhere.safetensors"), "own folder"),
+    "truncated pth": (lambda p: truncate(p / "consolidated.00.pth", 0.7), "consolidated.00.pth"),
+    "pth that runs code": (lambda p: edit_tensors(p, x=RunsCode()), "code"),
+    "not a state dict": (lambda p: torch.save([1, 2], p / "consolidated.00.pth"), "state dict"),
+    "truncated safetensors": (lambda p: truncate(to_hf(p) / "model.safetensors", 0.9), "model.safetensors"),
+    "safetensors header cut": (lambda p: truncate(to_hf(p) / "model.safetensors", 1e-3), "model.safetensors"),
+    "tampered offsets": (lambda p: edit_header(p, data_offsets=[0, 10**12]), "lm_head"),
+    "negative offsets": (lambda p: edit_header(p, data_offsets=[-4, 0], shape=[1]), "lm_head"),
+    "tampered shape": (lambda p: edit_header(p, shape=[1, 7]), "lm_head"),
+    "negative shape": (lambda p: edit_header(p, shape=[-101, -64]), "lm_head"),
+    "quantized safetensors": (lambda p: edit_header(p, dtype="I8"), "lm_head"),
+    "tensor of the wrong shape": (lambda p: edit_tensors(p, output__weight=torch.ones(3, 64)), "output.weight"),
+    "tensor that would broadcast": (lambda p: edit_tensors(p, output__weight=torch.ones(101, 1)), "output.weight"),
+    "tensor missing": (lambda p: edit_tensors(p, "layers.1.ffn_norm.weight"), "layers.1.ffn_norm.weight"),
+    "bias": (lambda p: edit_tensors(p, layers__0__attention__wq__bias=torch.ones(64)), "wq.bias"),
+    "quantized": (lambda p: edit_tensors(p, norm__weight=torch.ones(64).char()), "norm.weight"),
+    "params malformed": (lambda p: (p / "params.json").write_text('{"dim":\n 64,,}'), "line 2"),
+    "params a list": (lambda p: (p / "params.json").write_text("[]"), "params.json"),
+    "params impossible": (lambda p: edit_json(p / "params.json", n_heads=7), "n_heads"),
+    "params negative": (lambda p: edit_json(p / "params.json", dim=-64), "dim"),
+    "params not a number": (lambda p: edit_json(p / "params.json", dim="wide"), "dim"),
+    "params beyond an integer": (lambda p: edit_json(p / "params.json", dim=2**31 - 2, head_dim=2**30), "overflow"),
+    "too many layers": (lambda p: edit_json(p / "params.json", n_layers=10**9), "layers"),
+    "unknown setting": (lambda p: edit_json(p / "params.json", moe={"num_experts": 8}), "moe"),
+    "other architecture": (lambda p: to_hf(p, model_type="gpt2"), "gpt2"),
+    "other rope": (lambda p: to_hf(p, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "yarn"),
+    "rope of another type": (lambda p: to_hf(p, rope_parameters=["llama3"]), "rope_scaling"),
+    "attention bias": (lambda p: to_hf(p, attention_bias=True), "attention_bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_bad_checkpoint_is_refused(case, monkeypatch, checkpoint, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    damage, names = BAD_CHECKPOINTS[case]
+    damage(checkpoint)
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError, match=names) as refusal:
+        load_model(checkpoint)
+    assert len(str(refusal.value).strip().splitlines()) == 1
+    assert snapshot(tmp_path) == before and not (tmp_path / "code-was-run").exists()
+    if case.startswith(("params", "unknown", "other", "too many", "attention")) and "beyond" not in case:
+        with pytest.raises(InputError, match=names):  # train.py learns from it how large a model is
+            read_checkpoint(checkpoint)
+
+
+def test_saving_over_another_checkpoint_is_refused(checkpoint):
+    before = snapshot(checkpoint)
+    with pytest.raises(InputError, match="another checkpoint"):
+        save_model(load_model(checkpoint), checkpoint, "hf")
+    assert snapshot(checkpoint) == before
+
+
+def test_a_device_that_is_not_there_is_refused(checkpoint):
+    for device in ("cuda:77", "abacus"):
+        with pytest.raises(InputError, match=device):
+            load_model(checkpoint, device)
+
+
+def mutations(raw: bytes, count: int, seed: int) -> Iterator[bytes]:
+    """Damaged copies of a file: bytes cut, overwritten, repeated and inserted, the end lost."""
+    random = np.random.default_rng(seed)
+    for _ in range(count):
+        damaged = bytearray(raw)
+        for _ in range(random.integers(1, 4)):
+            at, length = int(random.integers(0, max(1, len(damaged)))), int(random.integers(1, 40))
+            inserted = random.choice([b"9" * 30, b"-", b"null", b"[", b"\xff\xfe", b"1e999", b'"', b"../../x"])
+            change = int(random.integers(0, 5))
+            damaged[at : [len(damaged), at + 1, at, at, at + length][change]] = [
+                b"",
+                random.bytes(1),
+                damaged[at : at + length],
+                inserted,
+                b"",
+            ][change]
+        yield bytes(damaged)
+
+
+@pytest.mark.parametrize("file", ["params.json", "config.json", "model.safetensors", "consolidated.00.pth"])
+def test_damaged_checkpoint_files_load_or_are_refused_in_one_line(file, checkpoint):
+    if file in ("config.json", "model.safetensors"):
+        to_hf(checkpoint)
+    raw = (checkpoint / file).read_bytes()
+    header = struct.unpack("<Q", raw[:8])[0] + 8 if file == "model.safetensors" else len(raw)
+    refused = 0
+    for head in mutations(raw[:header], 400, seed=0):
+        (checkpoint / file).write_bytes(head + raw[header:])
+        try:
+            load_model(checkpoint)
+        except InputError as error:
+            assert "\n" not in str(error).strip()
+            refused += 1
+    assert refused > 100
 
 
 # data.py
 
+TOKENIZERS = {name: SHARED / "tokenizers" / name for name in ("llama2", "mistral", "llama3")}
+TOKENIZERS |= {"stories260K": SHARED / "checkpoints" / "stories260K", "tiny": data.TINY}
 
-@needs_shared
-@pytest.mark.parametrize("name, size, bos, eos", [("llama2", 32000, 1, 2), ("mistral", 32000, 1, 2), ("llama3", 128256, 128000, 128001)])  # fmt: skip
-def test_real_tokenizers_round_trip(name, size, bos, eos):
+
+def tokenizer_folder(name: str) -> Path:
+    """Skips the test if the tokenizer, or a package that it needs, is absent."""
+    if not TOKENIZERS[name].is_dir():
+        pytest.skip("needs the data in ../shared")
     if name == "llama3":
         pytest.importorskip("tiktoken")
-    tokenizer = load_tokenizer(SHARED / "tokenizers" / name)
+    return TOKENIZERS[name]
+
+
+class Letters:
+    """A tokenizer of single characters, with pairs 'ab' merged."""
+
+    vocab_size, bos_id, eos_id = 300, 1, 2
+
+    def encode(self, text, bos=True, eos=False):
+        return [1] * bos + [ord(c) for c in text.replace("ab", chr(200))] + [2] * eos
+
+
+# Tokenizers
+
+
+@pytest.mark.parametrize(
+    "name, size, bos, eos",
+    [("llama2", 32000, 1, 2), ("mistral", 32000, 1, 2), ("llama3", 128256, 128000, 128001)],
+)
+def test_real_tokenizers_round_trip(name, size, bos, eos):
+    tokenizer = load_tokenizer(tokenizer_folder(name))
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (size, bos, eos)
     text = "Grüße, 世界!\n\tdef f(x): return x**2  # 1234567 🙂"
-    ids = tokenizer.encode(text, bos=True, eos=True)
-    assert ids[0] == bos and ids[-1] == eos and tokenizer.decode(ids) == text
-    assert tokenizer.encode(text, bos=False) == ids[1:-1]
+    ids = tokenizer.encode(text, eos=True)
+    assert ids == [bos, *tokenizer.encode(text, bos=False), eos] and tokenizer.decode(ids) == text
     assert tokenizer.encode("<|begin_of_text|></s>", bos=False)[0] != bos  # marks written out are text
+    for long in ("a" * 1_000_000, " " * 1_000_000) if name == "llama3" else ():  # do not exhaust the stack
+        assert tokenizer.decode(tokenizer.encode(long)) == long
 
 
-@needs_shared
-def test_known_token_ids():
-    """Ids as published: LLaMA-2's of 'Hello world', LLaMA-3's of 'Hello world!'."""
-    assert load_tokenizer(SHARED / "tokenizers/llama2").encode("Hello world") == [1, 15043, 3186]
-    pytest.importorskip("tiktoken")
-    assert load_tokenizer(SHARED / "tokenizers/llama3").encode("Hello world!", bos=False) == [9906, 1917, 0]
+@pytest.mark.parametrize("name, text, ids", [("llama2", "Hello world", [15043, 3186]), ("llama3", "Hello world!", [9906, 1917, 0])])  # fmt: skip
+def test_known_token_ids(name, text, ids):
+    assert load_tokenizer(tokenizer_folder(name)).encode(text, bos=False) == ids
 
 
-@needs_shared
-@pytest.mark.parametrize(
-    "path", ["tokenizers/llama2", "tokenizers/mistral", "tokenizers/llama3", "checkpoints/stories260K", None]
-)
-def test_a_long_text_is_tokenised_in_pieces_as_in_one(path, monkeypatch):
-    if path == "tokenizers/llama3":
-        pytest.importorskip("tiktoken")
-    tokenizer = load_tokenizer(SHARED / path if path else TINY)
-    monkeypatch.setattr(data, "PIECE", 50)
-    texts = [
-        (SHARED / "data" / name).read_text()[:60000]
-        for name in ("wikitext2_valid.txt", "tinyshakespeare.txt", "c4_demo.jsonl")
-    ]
-    texts += ["a\n\n \n b  c\t\n\td.\n\n\ne f\r\ng 12345 h\n 67890.\n" * 50, "word " * 400, "x", ""]
-    for text in texts:
+@pytest.mark.parametrize("name", ["tokenizer.model", "original/tokenizer.model", "tokenizer.model.v3"])
+def test_a_tokenizer_is_found_under_its_names(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes((data.TINY / "tokenizer.model").read_bytes())
+    assert load_tokenizer(tmp_path).encode("one") == load_tokenizer(data.TINY / "tokenizer.model").encode("one")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_long_text_is_tokenised_by_lines_as_in_one(name):
+    tokenizer = load_tokenizer(tokenizer_folder(name))
+
+    def check(text):
         assert data.encode_long(tokenizer, text).tolist() == tokenizer.encode(text, bos=False)
 
-
-def test_tokens_are_kept_on_disk(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "KEPT_FROM", 10)
-    tokenizer = load_tokenizer(TINY)
-    records = [parse_record({"prompt": f"{n} and", "choices": [" one", " two"], "answer": 0}) for n in range(9)]
-    records.append(parse_record({"text": "some text " * 9}))
-    built = build_dataset(records, tokenizer, 12)
-
-    def same(a, b):
-        return (
-            np.array_equal(a.ids, b.ids)
-            and np.array_equal(a.rows, b.rows)
-            and (a.truncated, a.records) == (b.truncated, b.records)
-        )
-
-    assert same(data.load_dataset(records, tokenizer, 12), built)
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "build_dataset", None)  # not called again
-        kept = data.load_dataset(records, tokenizer, 12)
-        assert same(kept, built) and isinstance(kept.ids, np.memmap)
-    assert not same(data.load_dataset(records, tokenizer, 11), built)
-    assert not same(data.load_dataset(records[1:], tokenizer, 12), built)
-    for file in (tmp_path / "cache").rglob("*.np?"):
-        file.write_bytes(file.read_bytes()[:-8])  # damaged: made anew
-        assert same(data.load_dataset(records, tokenizer, 12), built)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(TINY / "params.json"))  # not a folder: done without
-    assert same(data.load_dataset(records, tokenizer, 12), built)
+    for file in ("wikitext2_valid.txt", "tinyshakespeare.txt", "c4_demo.jsonl") if SHARED.is_dir() else ():
+        check((SHARED / "data" / file).read_text()[:60000])
+    settings(max_examples=300, deadline=None)(given(st.text(alphabet="a1. é\n\n\r\t\x0b\x1c\u2028")))(check)()
+    text = "a\n\n \n b  c\t\n\td.\n\n\ne f\r\ng 12345 h\n 67890.\n" * 50
+    check(text)
+    encode, lengths = tokenizer.encode, []
+    tokenizer.encode = lambda text, bos: lengths.append(len(text)) or encode(text, bos)
+    data.encode_long(tokenizer, text)
+    assert max(lengths) < 25  # nothing here merges across lines
 
 
-@pytest.mark.parametrize("source", ["tiny", "tokenizers/llama2", "tokenizers/llama3"])
-def test_a_hf_folder_says_what_its_tokenizer_is(source, tmp_path):
+def test_only_a_vocabulary_that_merges_across_lines_needs_the_whole_text_at_once():
+    class Merging(Letters):
+        longest = 0
+
+        def encode(self, text, bos=True, eos=False):
+            self.longest = max(self.longest, len(text))
+            return super().encode(text.replace("\nx", "ab"), bos, eos)
+
+    tokenizer, text = Merging(), " = a line that begins with a blank = \n \n" * 1000
+    assert len(data.encode_long(tokenizer, text)) == len(text) and tokenizer.longest < 50
+    assert data.encode_long(tokenizer, "y\nx\nz").tolist() == [ord("y"), 200, ord("\n"), ord("z")]
+
+
+@pytest.mark.parametrize("name", ["tiny", "llama2", "llama3"])
+def test_a_hf_folder_says_what_its_tokenizer_is(name, tmp_path):
     """As transformers and lm-eval need it: without, they take LLaMA's tokenizer for another one."""
-    if source != "tiny" and not SHARED.is_dir():
-        pytest.skip("needs the data in ../shared")
-    if source == "tokenizers/llama3":
-        pytest.importorskip("tiktoken")
-    folder = TINY if source == "tiny" else SHARED / source
-    save_model(build(), tmp_path / "hf", "hf")
-    data.copy_tokenizer(folder, tmp_path / "hf")
-    tokenizer, config = load_tokenizer(tmp_path / "hf"), json.loads((tmp_path / "hf/config.json").read_text())
-    settings = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
-    assert (config["bos_token_id"], config["eos_token_id"]) == (tokenizer.bos_id, tokenizer.eos_id)
-    bos = "<|begin_of_text|>" if "llama3" in source else "<s>"
-    assert settings["bos_token"] == bos and settings["tokenizer_class"].startswith(("Llama", "PreTrained"))
-    config["eos_token_id"] = [7, 8]  # what a source says of itself is kept
-    (tmp_path / "hf/config.json").write_text(json.dumps(config))
-    save_model(build(), tmp_path / "again", "hf")
-    data.copy_tokenizer(tmp_path / "hf", tmp_path / "again")
-    assert json.loads((tmp_path / "again/config.json").read_text())["eos_token_id"] == [7, 8]
+    hf, again, meta = tmp_path / "hf", tmp_path / "again", tmp_path / "meta"
+    for folder in (hf, again, meta):
+        folder.mkdir()
+    for folder in (hf, again):
+        (folder / "config.json").write_text('{"dim": 64}')
+    data.copy_tokenizer(tokenizer_folder(name), hf)
+    tokenizer, told = load_tokenizer(hf), data.read_json(hf / "tokenizer_config.json")
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    assert data.read_json(hf / "config.json") == {"dim": 64} | ids
+    llama2 = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
+    llama2 |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    llama3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    assert told == (llama3 | {"tokenizer_class": "PreTrainedTokenizerFast"} if name == "llama3" else llama2)
+    (hf / "config.json").write_text('{"eos_token_id": [7, 8], "pad_token_id": 9, "dim": 32}')
+    (hf / "tokenizer_config.json").write_text('{"its": "own"}')
+    data.copy_tokenizer(hf, again)  # what a source says of itself is kept
+    assert data.read_json(again / "config.json") == {"dim": 64, **ids, "eos_token_id": [7, 8], "pad_token_id": 9}
+    assert data.read_json(again / "tokenizer_config.json") == {"its": "own"}
+    data.copy_tokenizer(data.TINY, meta)
+    assert [path.name for path in meta.iterdir()] == ["tokenizer.model"]
 
 
-@needs_shared
-def test_llama3_tokenizer_survives_a_million_letters():
-    pytest.importorskip("tiktoken")
-    tokenizer = load_tokenizer(SHARED / "tokenizers/llama3")
-    for text in ("a" * 1_000_000, " " * 1_000_000):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-
+# Records
 
 ARC = {
     "instruction": "Choose: which is hot?\n\nAnswer1: ice Answer2: fire\n\nAnswer format: answer1/answer2",
@@ -471,40 +763,92 @@ ARC = {
     "output": "the correct answer is answer2",
     "answer": "answer2",
 }
+CHOICES = {"prompt": "a", "choices": ["b", "c"]}
+CHAT = [("system", "be kind"), ("user", "hi"), ("assistant", "hello"), ("user", "bye"), ("assistant", "ciao")]
+CHAT = {"messages": [{"role": role, "content": content} for role, content in CHAT]}
 
 
-def test_record_types():
+@pytest.mark.parametrize(
+    "raw, record",
+    [
+        ({"prompt": "a", "completion": "b"}, Record([("a", "b")])),
+        ({"input": "a", "output": "b"}, Record([("a", "b")])),
+        (CHOICES | {"answer": 1}, Record([("a", "c")], ["b", "c"], 1)),
+        (CHOICES | {"answer": "c"}, Record([("a", "c")], ["b", "c"], 1)),
+        ({"text": "abc"}, Record([("", "abc")], plain=True)),
+    ],
+)
+def test_record_types(raw, record):
+    assert parse_record(raw) == record
+
+
+def test_alpaca_arc_and_chat_records():
     alpaca = parse_record({"instruction": "Say hi", "input": "to Bo", "output": "hi Bo"})
-    assert alpaca.turns[0][0].endswith("### Instruction:\nSay hi\n\n### Input:\nto Bo\n\n### Response:\n")
+    assert alpaca.turns[0][0].endswith(
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSay hi\n\n### Input:\nto Bo\n\n### Response:\n"
+    )
     assert alpaca.turns[0][1] == "hi Bo" and not alpaca.choices
     arc = parse_record(ARC)
     assert arc.choices == ["the correct answer is answer1", "the correct answer is answer2"] and arc.answer == 1
-    assert parse_record({"prompt": "a", "completion": "b"}).turns == [("a", "b")]
-    assert parse_record({"input": "a", "output": "b"}).turns == [("a", "b")]
-    for answer in (1, "c"):
-        record = parse_record({"prompt": "a", "choices": ["b", "c"], "answer": answer})
-        assert record.turns == [("a", "c")] and record.choices == ["b", "c"] and record.answer == 1
-    chat = [("system", "be kind"), ("user", "hi"), ("assistant", "hello"), ("user", "bye"), ("assistant", "ciao")]
-    turns = parse_record({"messages": [{"role": r, "content": c} for r, c in chat]}).turns
-    assert (
-        [completion for _, completion in turns] == ["hello", "ciao"]
-        and "be kind" in turns[0][0]
-        and "bye" in turns[1][0]
-    )
-    assert parse_record({"text": "abc"}).plain
+    assert "### Input" not in arc.turns[0][0] and arc.turns[0][1] == ARC["output"]
+    (first, hello), (second, ciao) = parse_record(CHAT).turns
+    assert (first, hello) == ("be kind\n\n### Instruction:\nhi\n\n### Response:\n", "hello")
+    assert (second, ciao) == ("### Instruction:\nbye\n\n### Response:\n", "ciao")
+
+
+@pytest.mark.parametrize(
+    "raw, names",
+    [
+        ([1], "unknown"),
+        ({"question": "b"}, "question"),
+        ({"text": 3}, "3"),
+        ({"instruction": "a", "output": None, "text": "b"}, "null"),
+        ({"instruction": "a", "input": 1, "output": "b"}, "1"),
+        ({"prompt": "a", "completion": "half a pair: \ud800"}, "surrogates"),
+        (CHOICES | {"answer": 2}, "answer"),
+        (CHOICES | {"answer": True}, "answer"),
+        (CHOICES | {"answer": "d"}, "answer"),
+        (CHOICES | {"choices": ["b"], "answer": 0}, "choices"),
+        (CHOICES | {"choices": ["b", ""], "answer": 0}, "choices"),
+        (CHOICES | {"choices": "bc", "answer": 0}, "choices"),
+        ({"messages": CHAT["messages"][:2]}, "assistant"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
+        ({"messages": {"role": "user"}, "text": "a"}, "role"),
+    ],
+)
+def test_what_is_no_record_is_refused(raw, names):
+    with pytest.raises(ValueError, match=names):
+        parse_record(raw)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.sampled_from(["instruction", "input", "output", "answer", "prompt", "choices", "messages", "role", "content", "text", "completion"]), c))  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(JSON)
+def test_any_json_is_a_record_or_refused(value):
+    try:
+        record = parse_record(value)
+    except ValueError:
+        return
+    assert all(isinstance(text, str) for turn in record.turns for text in turn)
 
 
 def test_data_files_of_every_kind(tmp_path):
-    rows = [ARC, {"prompt": "a", "completion": "b"}]
-    (tmp_path / "list.json").write_text(json.dumps(rows))
-    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    (tmp_path / "typed.json").write_text(
-        json.dumps({"type": "text2text", "instances": [{"input": "a", "output": "b"}] * 2})
-    )
-    (tmp_path / "plain.txt").write_text("hello\nworld")
-    assert load_records(tmp_path / "list.json") == load_records(tmp_path / "lines.jsonl")
-    assert load_records(tmp_path / "typed.json")[1].turns == [("a", "b")]
-    assert load_records(tmp_path / "plain.txt")[0].turns == [("", "hello\nworld")]
+    rows = [ARC, {"prompt": "a", "completion": "b\u2028c"}]
+    records = [parse_record(row) for row in rows]
+    for name, text, expected in [
+        ("list.json", json.dumps(rows), records),
+        ("list.jsonl", json.dumps(rows, indent=1), records),
+        ("lines.jsonl", "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", records),
+        ("one.jsonl", json.dumps(ARC), records[:1]),
+        ("typed.json", json.dumps({"type": "text2text", "instances": rows}), records),
+        ("typed.jsonl", json.dumps({"type": "text_only", "instances": rows}, indent=1), records),
+        ("plain.txt", "hello\nworld", [Record([("", "hello\nworld")], plain=True)]),
+    ]:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert load_records(tmp_path / name) == expected
 
 
 @needs_shared
@@ -514,24 +858,65 @@ def test_real_multiple_choice_data(file, choices):
         assert len(record.choices) >= choices and record.choices[record.answer] == raw["output"]
 
 
-class Letters:
-    """A tokenizer of single characters, with pairs 'ab' merged."""
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.txt", "tokenizer.model", "ranks"])
+def test_damaged_files_load_or_are_refused_in_one_line(name, tmp_path):
+    rows = [{"prompt": f"{n} and {n} is", "completion": f" {2 * n}"} for n in range(5)]
+    rows += [{"prompt": f"Is {n} even?", "choices": [" yes", " no"], "answer": n % 2} for n in range(4)]
+    raw, load = "\n".join(map(json.dumps, rows)).encode(), load_records
+    if name == "data.json":
+        raw = json.dumps(rows).encode()
+    elif name == "tokenizer.model":
+        raw, load = (data.TINY / name).read_bytes(), load_tokenizer
+    elif name == "ranks":
+        pytest.importorskip("tiktoken")
+        raw, load = b"".join(data.base64.b64encode(bytes([n])) + b" %d\n" % n for n in range(256)), load_tokenizer
+    refused = 0
+    for damaged in mutations(raw, 400, seed=1):
+        (tmp_path / name).write_bytes(damaged)
+        try:
+            assert load(tmp_path / name)
+        except InputError as error:
+            assert "\n" not in str(error) and name in str(error)
+            refused += 1
+    assert refused > (5 if name == "data.txt" else 100)
 
-    vocab_size, bos_id, eos_id = 300, 1, 2
 
-    def encode(self, text, bos=True, eos=False):
-        ids = [ord(c) for c in text.replace("ab", chr(200))]
-        return [1] * bos + ids + [2] * eos
+def test_split_keeps_every_record_once():
+    records = [Record([("", str(n))]) for n in range(100)]
+    for share, most, count in ((0.05, 500, 5), (0.5, 3, 3), (0.001, 500, 1)):
+        kept, held = data.split_records(records, share, most, seed=0)
+        assert len(held) == count and sorted(kept + held, key=records.index) == records
+    kept, held = data.split_records([Record([("", "one\ntwo\nthree")], plain=True)], 0.3, 500, seed=0)
+    assert [r.turns[0][1] for r in kept + held] == ["one\ntwo\n", "three"] and kept[0].plain and held[0].plain
 
-    def decode(self, ids):
-        return "".join(chr(i) for i in ids if i > 2).replace(chr(200), "ab")
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    with data.atomic_write(tmp_path / "file") as file:
+        file.write(b"old")
+    with pytest.raises(OSError), data.atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+        raise OSError
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+
+
+# Rows and batches
+
+
+def targets_of(records: list[dict], seq_len: int) -> list[list[int]]:
+    """What each row is trained on."""
+    dataset = build_dataset([parse_record(record) for record in records], Letters(), seq_len)
+    batches = [dataset.batch(np.array([n])) for n in range(len(dataset.rows))]
+    return [[t for t in targets[0].tolist() if t != -100] for _, targets in batches]
 
 
 def test_loss_is_on_completions_and_their_end_only():
-    dataset = build_dataset([parse_record({"prompt": "xyz", "completion": "uv"})], Letters(), seq_len=20)
-    tokens, targets = dataset.batch(np.array([0]))
-    assert tokens[0].tolist() == [1, *map(ord, "xyzuv")]
+    rows = [{"prompt": "xyz", "completion": "uv"}, {"prompt": "", "completion": "u"}]
+    dataset = build_dataset([parse_record(row) for row in rows], Letters(), seq_len=20)
+    tokens, targets = dataset.batch(np.array([0, 1]))
+    assert tokens[0].tolist() == [1, *map(ord, "xyzuv")] and tokens[1, :2].tolist() == [1, ord("u")]
     assert targets[0].tolist() == [-100, -100, -100, ord("u"), ord("v"), 2]
+    assert targets[1].tolist() == [ord("u"), 2, -100, -100, -100, -100]
+    assert dataset.predicts() and dataset.truncated == 0 and not dataset.records
 
 
 def test_a_token_across_the_border_belongs_to_the_completion():
@@ -539,12 +924,21 @@ def test_a_token_across_the_border_belongs_to_the_completion():
 
 
 def test_a_second_turn_is_context_again():
-    messages = [
-        {"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "A"), ("user", "r"), ("assistant", "B"))
-    ]
-    dataset = build_dataset([parse_record({"messages": messages})], Letters(), seq_len=500)
-    _, targets = dataset.batch(np.array([0]))
-    assert targets[targets != -100].tolist() == [ord("A"), 2, ord("B"), 2]
+    assert targets_of([CHAT], 500) == [[*map(ord, "hello"), 2, *map(ord, "ciao"), 2]]
+    dataset = build_dataset([parse_record(CHAT)], Letters(), 500)
+    assert dataset.ids.tolist().count(~1) == 1 and dataset.ids.min() >= ~ord("z")
+
+
+def test_cut_rows_are_counted_and_may_predict_nothing():
+    records = [{"prompt": "xyz", "completion": "uv"}, {"prompt": "xyz", "completion": "u"}, CHOICES | {"answer": 0}]
+    records = [parse_record(record) for record in records]
+    dataset = build_dataset(records, Letters(), seq_len=5)
+    assert dataset.rows.tolist() == [[0, 6], [6, 12], [12, 15]] and dataset.truncated == 1
+    assert dataset.records == records[2:] and dataset.predicts()
+    for ids in ([5, ~6], [~5], []):
+        assert not data.Dataset(np.array(ids), np.array([[0, len(ids)]]), []).predicts()
+    with pytest.raises(InputError, match="short"):
+        build_dataset([Record([("", "")], plain=True)], Letters(), 5)
 
 
 @given(st.integers(0, 30), st.integers(1, 30), st.integers(2, 40))
@@ -557,65 +951,115 @@ def test_long_rows_lose_the_prompts_left(prompt, completion, length):
     assert [~i for i in short[1:] if i < 0] == list(range(100, 100 + prompt))[prompt - (len(short) - 1 - len(kept)) :]
 
 
-@given(st.text(alphabet="xyz\n", min_size=3, max_size=200), st.integers(1, 50))
-def test_plain_text_rows_predict_each_token_once(text, seq_len):
-    dataset = build_dataset([data.Record([("", text)], plain=True)], Letters(), seq_len)
-    predicted = [t for n in range(len(dataset.rows)) for t in dataset.batch(np.array([n]))[1][0].tolist()]
-    assert predicted == [ord(c) for c in text]
+@given(st.lists(st.text(alphabet="xyz\n", min_size=2), min_size=1, max_size=3), st.integers(1, 50))
+def test_plain_text_rows_predict_each_token_once(texts, seq_len):
+    """Texts follow one another, each with its end-of-text token if there are several."""
+    rows = targets_of([{"text": text} for text in texts] + [{"prompt": "x", "completion": "y"}], seq_len)
+    assert sum(rows[1:], []) == [i for text in texts for i in [*map(ord, text), 2]]
+    rows = targets_of([{"text": texts[0]}], seq_len)
+    assert sum(rows, []) == [*map(ord, texts[0])] and all(len(row) == seq_len for row in rows[:-1])
 
 
-def test_split_keeps_every_record_once():
-    records = [data.Record([("", str(n))]) for n in range(100)]
-    kept, held = split_records(records, 0.05, 500, seed=0)
-    assert len(held) == 5 and sorted(r.turns[0][1] for r in kept + held) == sorted(str(n) for n in range(100))
+def test_samples_are_rows_drawn_by_seed():
+    dataset = build_dataset([Record([("", "abcdefgh" * 40)], plain=True)], Letters(), seq_len=7)
+    rows = [dataset.batch(np.array([n]))[0].tolist() for n in range(len(dataset.rows))]
+    first, again, other = ([tokens.tolist() for tokens in dataset.sample(5, seed)] for seed in (0, 0, 1))
+    assert first == again != other and len(first) == 5 and all(tokens in rows for tokens in first)
+    assert len(dataset.sample(1000, 0)) == len(rows)
 
 
 # owlore.py: scores
 
 
-def brute_force_outliers(layers, inputs, threshold):
-    """The definition, all at once: inputs maps each linear to its [tokens, in_features] over all batches."""
+class Keyword(nn.Module):
+    """A block that calls its linear by keyword, as some models of transformers do."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return self.linear(input=x)
+
+
+def brute_force_outliers(layers: list[list[nn.Linear]], run: Callable, threshold: float) -> torch.Tensor:
+    """The definition, all inputs and scores at once. run: the forward passes."""
+    inputs = {linear: [] for layer in layers for linear in layer}
+
+    def keep(linear, args, kwargs):
+        inputs[linear].append((args or tuple(kwargs.values()))[0].flatten(0, -2))
+
+    hooks = [linear.register_forward_pre_hook(keep, with_kwargs=True) for linear in inputs]
+    run()
+    for hook in hooks:
+        hook.remove()
     shares = []
     for layer in layers:
-        A = torch.cat([(m.weight.abs() * inputs[m].pow(2).sum(0).sqrt()).flatten() for m in layer.modules() if isinstance(m, nn.Linear)])  # fmt: skip
+        A = torch.cat([(m.weight.abs() * torch.cat(inputs[m]).pow(2).sum(0).sqrt()).flatten() for m in layer])
         shares.append((A > threshold * A.mean()).float().mean())
     return torch.stack(shares)
 
 
+def linears_of(layers) -> list[list[nn.Linear]]:
+    return [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in layers]
+
+
 @pytest.mark.parametrize("threshold", [1.5, 3.0])
-def test_outlier_distribution_equals_brute_force(threshold):
+@pytest.mark.parametrize("kind", ["llama", "sequential", "dict", "keyword"])
+def test_outlier_distribution_equals_brute_force(kind, threshold):
     torch.manual_seed(0)
-    sequential = nn.Sequential(
-        nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 8)), nn.Tanh(), nn.Linear(8, 8)
-    )
-    for model, layers, batches in (
-        (build(), build().layers, [random_tokens(2, 11), random_tokens(3, 7, seed=3)]),
-        (sequential, [sequential[0], sequential[2]], [torch.randn(5, 8), torch.randn(2, 3, 8)]),
-    ):
-        if isinstance(model, Transformer):
-            layers = model.layers
-        inputs = {m: [] for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)}
-        hooks = [
-            m.register_forward_pre_hook(lambda m, x, inputs=inputs: inputs[m].append(x[0].flatten(0, -2)))
-            for m in inputs
-        ]
+    model, batches = build(), [random_tokens(2, 11), random_tokens(3, 7, seed=3)]
+    layers = model.layers
+    if kind in ("sequential", "keyword"):
+        first = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 8))
+        model = nn.Sequential(first, nn.Tanh(), Keyword(nn.Linear(8, 8)) if kind == "keyword" else nn.Linear(8, 8))
+        layers, batches = [model[0], model[2]], [torch.randn(5, 8), torch.randn(2, 3, 8)]
+    if kind == "dict":
+        batches = [{"tokens": batch} for batch in batches]
+
+    def run():
         model.eval()
         for batch in batches:
-            model(batch)
-        for hook in hooks:
-            hook.remove()
-        model.train()
-        expected = brute_force_outliers(layers, {m: torch.cat(x) for m, x in inputs.items()}, threshold)
-        got = outlier_distribution(model, layers, batches, threshold)
-        assert torch.equal(got, expected) and got.min() >= 0 and got.max() > 0
-        assert model.training and not any(m._forward_pre_hooks for m in model.modules())
+            model(**batch) if isinstance(batch, dict) else model(batch)
+
+    expected = brute_force_outliers(linears_of(layers), run, threshold)
+    model.train()
+    got = outlier_distribution(model, layers, batches, threshold)
+    assert torch.equal(got, expected) and got.min() >= 0 and got.max() > 0
+    assert model.training and not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_outlier_distribution_needs_batches_and_linears():
-    with pytest.raises(ValueError, match="batch"):
-        outlier_distribution(nn.Sequential(nn.Linear(2, 2)), [nn.Linear(2, 2)], [])
-    with pytest.raises(ValueError, match="Linear"):
-        outlier_distribution(nn.Sequential(nn.ReLU()), [nn.ReLU()], [torch.ones(1, 2)])
+def test_an_adapter_of_peft_does_not_change_the_scores():
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    shape = dict(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    batches = [{"input_ids": random_tokens(2, 9, vocab=50), "attention_mask": torch.ones(2, 9)}]
+    expected = outlier_distribution(model, model.model.layers, batches, 2.0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    assert torch.equal(outlier_distribution(adapted, model.model.layers, batches, 2.0), expected)
+    assert expected.min() > 0
+
+
+def test_the_default_threshold_follows_the_width_and_no_outliers_are_told():
+    narrow = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    for model, threshold in ((narrow, 3.0), (nn.Sequential(nn.Linear(2048, 8), nn.Linear(8, 8)), 13 / math.sqrt(2))):
+        x = torch.randn(9, model[0].in_features)
+        model[0].weight.data[0, 0] = 9.0
+        assert torch.equal(outlier_distribution(model, model, [x], threshold), outlier_distribution(model, model, [x]))
+    assert owlore.default_threshold(4096) == owlore.default_threshold(8192) == 13
+    narrow = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with pytest.warns(UserWarning, match="smaller threshold.* 3 suits a width of 64"):
+        assert outlier_distribution(narrow, narrow, [torch.randn(9, 64)], threshold=13.0).tolist() == [0, 0]
+
+
+def test_outlier_distribution_needs_batches_and_float_linears():
+    linear = nn.Linear(2, 2)
+    quantized = nn.Linear(2, 2)
+    quantized.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.uint8), requires_grad=False)
+    for layers, batches, match in (([linear], [], "batch"), ([nn.ReLU()], [torch.ones(1, 2)], "Linear"), ([quantized], [torch.ones(1, 2)], "quantized")):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            outlier_distribution(nn.Sequential(*layers), layers, batches)
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (30, 60), (61, 20)])
@@ -633,14 +1077,16 @@ def test_hill_alpha_recovers_a_power_law():
     assert hill_alpha(torch.diag(torch.tensor(e).sqrt())) == pytest.approx(2.5, abs=0.05)
 
 
-@given(st.lists(st.integers(0, 5), min_size=3, max_size=30).filter(lambda x: len(set(x)) > 1), st.randoms())
-def test_rank_correlation_equals_spearmans(values, random):
-    others = random.sample(values, len(values))
-    # mean ranks by counting sort, correlated by numpy
-    ranks = [[np.mean([i for i, v in enumerate(sorted(x)) if v == y]) for y in x] for x in (values, others)]
-    assert owlore.rank_correlation(torch.tensor(values), torch.tensor(others)) == pytest.approx(
-        np.corrcoef(ranks)[0, 1], abs=1e-5
-    )
+@pytest.mark.parametrize("rank, alpha", [(0, 1.0), (1, 1.0), (20, 1.0), (21, None)])
+def test_hill_alpha_is_1_if_the_lower_half_of_the_spectrum_is_zero(rank, alpha):
+    torch.manual_seed(0)
+    W = torch.randn(40, rank) @ torch.randn(rank, 60)  # zero but for fp32's rounding
+    assert hill_alpha(W) == alpha if alpha else 1 < hill_alpha(W) < 2
+    with pytest.raises(ValueError, match="2 x 2"):
+        hill_alpha(torch.ones(1, 5))
+
+
+# owlore.py: sampling
 
 
 @needs_shared
@@ -672,9 +1118,6 @@ def test_probability_modes():
         sampling_probabilities(D, "random")
 
 
-# owlore.py: sampling
-
-
 def blocks(count: int) -> list[nn.Module]:
     return [nn.Linear(2, 2) for _ in range(count)]
 
@@ -703,7 +1146,7 @@ def test_zero_probabilities_do_not_break_the_draw(probabilities):
     positive = sum(p > 0 for p in probabilities)
     for count, p in zip(seen, probabilities):
         share = 1 if p > 0 else (2 - positive) / (4 - positive)  # positive ones first, the rest uniformly
-        assert abs(count / 600 - share) < 0.1
+        assert count == 600 if p > 0 else abs(count / 600 - share) < 0.1
 
 
 def test_only_drawn_layers_require_gradients():
@@ -717,23 +1160,33 @@ def test_only_drawn_layers_require_gradients():
         assert (layer.weight.grad is not None) == (n in drawn)
 
 
+def test_the_sampler_leaves_alone_what_the_user_froze():
+    layers = blocks(3)
+    layers[0].bias.requires_grad_(False)
+    sampler = LayerSampler(layers, torch.ones(3), active=3)
+    sampler.resample()
+    assert layers[0].weight.requires_grad and not layers[0].bias.requires_grad and layers[1].bias.requires_grad
+    layers[1].requires_grad_(False)
+    with pytest.raises(ValueError, match="layer 1 is frozen"):
+        LayerSampler(layers, torch.ones(3), active=3)
+
+
 def test_sampler_state_continues_the_same_draws():
     a, b = LayerSampler(blocks(9), torch.ones(9), 3, seed=1), LayerSampler(blocks(9), torch.ones(9), 3, seed=2)
     a.resample()
-    b.load_state_dict(a.state_dict())
-    assert b.drawn == a.drawn and [p.requires_grad for m in b.layers for p in m.parameters()] == [
-        p.requires_grad for m in a.layers for p in m.parameters()
-    ]
+    b.load_state_dict(pickle.loads(pickle.dumps(a.state_dict())))
+    trained = [[p.requires_grad for m in s.layers for p in m.parameters()] for s in (a, b)]
+    assert b.drawn == a.drawn and trained[0] == trained[1]
     assert [a.resample() for _ in range(20)] == [b.resample() for _ in range(20)]
 
 
-@pytest.mark.parametrize("active", [0, 4])
-def test_sampler_refuses_an_impossible_number_of_layers(active):
-    with pytest.raises(ValueError, match="active"):
-        LayerSampler(blocks(3), torch.ones(3) / 3, active)
+@pytest.mark.parametrize("active, probabilities", [(0, 3), (4, 3), (2, 4)])
+def test_sampler_refuses_what_cannot_be_drawn(active, probabilities):
+    with pytest.raises(ValueError, match="active|probabilities"):
+        LayerSampler(blocks(3), torch.ones(probabilities), active)
 
 
-# owlore.py: projection
+# owlore.py: projected Adam, as an ordinary optimizer
 
 
 def random_gradients(*shape: int, steps: int, seed: int = 0) -> list[torch.Tensor]:
@@ -747,23 +1200,59 @@ def test_without_rank_it_is_adamw():
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     settings = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
     a, b = ProjectedAdam(ours, **settings), torch.optim.AdamW(theirs, **settings)
-    for _ in range(200):
+    for n in range(200):
         for p, q in zip(ours, theirs):
             p.grad = torch.randn(p.shape)
             q.grad = p.grad.clone()
+        if n == 100:  # its state can be taken over, too
+            a = ProjectedAdam(ours, lr=1)
+            a.load_state_dict(b.state_dict())
         a.step()
         b.step()
     for p, q in zip(ours, theirs):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
 
 
+def reference_steps(
+    W: torch.Tensor, gradients: list, rank: int, update_gap: int, lr: float, scale: float, decay: float
+):
+    """The paper's algorithm for one matrix, in fp64 and written out; the first moment follows the basis."""
+    W, tall = W.double(), W.shape[0] >= W.shape[1]
+    M, V = 0, 0
+    for t, G in enumerate(map(torch.Tensor.double, gradients)):
+        if t % update_gap == 0:
+            U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+            new = Vh[:rank].T if tall else U[:, :rank]
+            M = (M @ P.T @ new if tall else new.T @ P @ M) if t else 0  # noqa: F821 (P is that of before)
+            P = new
+        R = G @ P if tall else P.T @ G
+        M, V = 0.9 * M + 0.1 * R, 0.999 * V + 0.001 * R**2
+        N = (M / (1 - 0.9 ** (t + 1))) / ((V / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
+        W = W - lr * decay * W - lr * scale * (N @ P.T if tall else P @ N)
+    return W
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12), (6, 6)])
+@pytest.mark.parametrize("rank, update_gap, scale, decay", [(2, 100, 1.0, 0.0), (3, 4, 0.25, 0.1), (9, 7, 1.0, 0.5)])
+def test_projected_steps_equal_the_algorithm_written_out(shape, rank, update_gap, scale, decay):
+    W = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    start, gradients = W.detach().clone(), random_gradients(*shape, steps=20)
+    group = {"params": [W], "rank": rank, "update_gap": update_gap, "scale": scale}
+    optimizer = ProjectedAdam([group], lr=0.01, weight_decay=decay, svd="exact")
+    for G in gradients:
+        W.grad = G.clone()
+        optimizer.step()
+        assert torch.equal(W.grad, G)  # as with any optimizer
+    expected = reference_steps(start, gradients, rank, update_gap, 0.01, scale, decay)
+    # fp32; a direction's sign is the SVD's choice, and the second moment does not see it
+    torch.testing.assert_close(W.detach().double(), expected, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12), (6, 6)])
 def test_full_rank_is_adam_in_the_rotated_basis(shape):
     W = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
     start, gradients = W.detach().clone(), random_gradients(*shape, steps=30)
-    optimizer = ProjectedAdam(
-        [{"params": [W], "rank": min(shape), "update_gap": 1000, "scale": 1.0}], lr=0.01, svd="exact"
-    )
+    optimizer = ProjectedAdam([{"params": [W], "rank": min(shape), "update_gap": 1000}], lr=0.01, svd="exact")
     U, _, Vh = torch.linalg.svd(gradients[0], full_matrices=False)
     tall = shape[0] >= shape[1]
     P = Vh.T if tall else U
@@ -776,258 +1265,44 @@ def test_full_rank_is_adam_in_the_rotated_basis(shape):
     torch.testing.assert_close(W.detach(), (rotated @ P.T if tall else P @ rotated).detach(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("rotate", [True, False])
-@pytest.mark.parametrize("shape", [(12, 6), (6, 12)])
-def test_a_new_basis_rotates_the_first_moment_or_leaves_it(shape, rotate):
-    """At full rank nothing is projected away: rotated, the moment is that of Adam in the matrix's own coordinates."""
-    tall, W = shape[0] > shape[1], nn.Parameter(torch.zeros(shape))
-    optimizer = ProjectedAdam([{"params": [W], "rank": 6, "update_gap": 1}], lr=0.01, rotate=rotate)
-    own, low = torch.zeros(shape), 0.0
-    for G in torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)):
-        W.grad = G.clone()
-        optimizer.step()
-        P, m = optimizer.state[W]["basis"], optimizer.state[W]["exp_avg"]
-        own = 0.9 * own + 0.1 * G
-        low = 0.9 * low + 0.1 * (G @ P if tall else P.T @ G)
-        if rotate:
-            torch.testing.assert_close(m @ P.T if tall else P @ m, own, atol=1e-6, rtol=0)  # fp32 of values near 1
-        else:
-            torch.testing.assert_close(m, low, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
-@pytest.mark.parametrize("svd", ["exact", "randomized"])
-def test_low_rank_updates_stay_in_the_span_of_their_basis(shape, svd):
-    W = nn.Parameter(torch.zeros(shape))
-    optimizer = ProjectedAdam([{"params": [W], "rank": 2, "update_gap": 4}], lr=0.1, svd=svd)
-    for step, G in enumerate(random_gradients(*shape, steps=12)):
-        before = W.detach().clone()
-        W.grad = G.clone()
-        optimizer.step()
-        P = optimizer.state[W]["basis"]
-        if step % 4 == 0:  # the basis is this gradient's two leading directions
-            U, _, Vh = torch.linalg.svd(G, full_matrices=False)
-            leading = Vh[:2].T if shape[0] >= shape[1] else U[:, :2]
-            torch.testing.assert_close(P @ P.T, leading @ leading.T, atol=1e-5, rtol=0)
-        delta = W.detach() - before
-        outside = delta - (delta @ P @ P.T if shape[0] >= shape[1] else P @ P.T @ delta)
-        assert delta.abs().max() > 0.01 and outside.abs().max() < 1e-6
-
-
-def test_scale_and_weight_decay_enter_as_stated():
-    W0, G = torch.randn(6, 4), torch.randn(6, 4)
-    results = []
-    for scale, decay in ((1.0, 0.0), (0.25, 0.0), (1.0, 0.5)):
-        W = nn.Parameter(W0.clone())
-        optimizer = ProjectedAdam([{"params": [W], "rank": 2, "scale": scale}], lr=0.1, weight_decay=decay, svd="exact")
-        W.grad = G.clone()
-        optimizer.step()
-        results.append(W.detach() - W0)
-    torch.testing.assert_close(results[1], 0.25 * results[0], atol=1e-6, rtol=0)
-    torch.testing.assert_close(results[2], results[0] - 0.05 * W0, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("shape", [(300, 120), (120, 300)])
-def test_randomized_basis_captures_what_the_exact_one_does(shape):
-    generator = torch.Generator().manual_seed(0)
-    decay = torch.exp(-torch.arange(120) / 20)  # a decaying spectrum, as gradients have
-    G = torch.randn(300, 120, generator=generator) * decay @ torch.randn(120, 120, generator=generator)
-    G = G if shape[0] > shape[1] else G.T
-
-    def energy(P):
-        torch.testing.assert_close(P.T @ P, torch.eye(24), atol=1e-5, rtol=0)
-        return ((G @ P) if shape[0] > shape[1] else (P.T @ G)).square().sum()
-
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_one_bad_gradient_does_not_cost_the_basis(bad, in_backward):
+    """It is due until one is had; steps that changed nothing do not count for Adam's bias correction."""
     torch.manual_seed(0)
-    assert energy(projection_basis(G, 24)) >= 0.998 * energy(projection_basis(G, 24, "exact"))
-
-
-@pytest.mark.parametrize(
-    "kind", ["zero", "one direction", "few directions", "tiny", "huge", "one entry", "equal columns"]
-)
-def test_randomized_basis_of_degenerate_gradients_is_orthonormal_and_captures_them(kind):
-    torch.manual_seed(0)
-    G = {
-        "zero": torch.zeros(300, 200),
-        "one direction": torch.randn(300, 1) @ torch.randn(1, 200),
-        "few directions": torch.randn(300, 5) @ torch.randn(5, 200),
-        "tiny": 1e-14 * torch.randn(300, 5) @ torch.randn(5, 200),
-        "huge": 1e12 * torch.randn(300, 5) @ torch.randn(5, 200),
-        "one entry": torch.zeros(300, 200).index_put((torch.tensor(3), torch.tensor(7)), torch.tensor(1.0)),
-        "equal columns": torch.randn(300, 1).expand(300, 200),
-    }[kind]
-    for gradient in (G, G.T.contiguous(), G.bfloat16()):
-        P = projection_basis(gradient, 8)
-        assert P.shape == (200, 8)
-        torch.testing.assert_close(P.T @ P, torch.eye(8), rtol=0, atol=1e-4)
-        tall = (gradient if gradient.shape[0] == 300 else gradient.T).float()
-        # fp32 products of directions with up to 300 terms; bf16 rounding leaves its own noise beside the few directions
-        assert (tall - tall @ P @ P.T).norm() <= (1e-2 if gradient.dtype == torch.bfloat16 else 1e-4) * tall.norm()
-
-
-@pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
-def test_products_are_projected_without_the_gradient_as_with_it(shape):
-    """model.Linear hands ProjectedAdam its two factors; a plain nn.Linear the gradient."""
-    torch.manual_seed(0)
-    ours, plain = model_module.Linear(shape[1], shape[0]), nn.Linear(shape[1], shape[0], bias=False)
-    plain.load_state_dict(ours.state_dict())
-    optimizers = [
-        ProjectedAdam([{"params": m.parameters(), "rank": 3, "update_gap": 4}], lr=0.05, svd="exact")
-        for m in (ours, plain)
-    ]
-    for step in range(10):
-        for _ in range(2):  # micro-batches
-            x = torch.randn(7, shape[1])
-            for linear in (ours, plain):
-                linear(x).square().sum().backward()
-                assert linear.weight.grad is None
-        for optimizer in optimizers:
-            optimizer.step()
-        torch.testing.assert_close(ours.weight, plain.weight, rtol=1e-4, atol=1e-5, msg=str(step))
-
-
-def test_gradients_are_projected_and_freed_in_the_backward_pass():
-    linear = nn.Linear(6, 9)
-    optimizer = ProjectedAdam([{"params": [linear.weight], "rank": 2}, {"params": [linear.bias]}], lr=0.1)
-    linear(torch.randn(4, 6)).square().sum().backward()
-    assert linear.weight.grad is None and linear.bias.grad is not None
-    assert optimizer.state[linear.weight]["gradient"].shape == (9, 2)
-    before = linear.weight.detach().clone()
-    optimizer.step()
-    assert not torch.equal(linear.weight, before) and "gradient" not in optimizer.state[linear.weight]
-
-
-def test_micro_batches_add_up_to_the_large_batch():
-    x, y = torch.randn(8, 6), torch.randn(8, 9)
-    weights = []
-    for parts in (1, 4):
-        torch.manual_seed(0)
-        linear = nn.Linear(6, 9)
-        optimizer = ProjectedAdam([{"params": [linear.weight], "rank": 2, "update_gap": 100}, {"params": [linear.bias]}], lr=0.1, svd="exact")  # fmt: skip
-        (linear(x) - y).square().mean().backward()  # one step on the whole batch fixes the basis for both
-        optimizer.step()
-        for _ in range(5):
-            optimizer.zero_grad()
-            for part, target in zip(x.chunk(parts), y.chunk(parts)):
-                ((linear(part) - target).square().mean() / parts).backward()
-            optimizer.clip_grad_norm_(0.5)
-            optimizer.step()
-        weights.append(linear.weight.detach())
-    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
-
-
-def test_zero_grad_forgets_accumulated_gradients():
-    W = nn.Parameter(torch.randn(5, 3))
-    optimizer = ProjectedAdam([{"params": [W], "rank": 2}], lr=0.1)
-    (W * 2).sum().backward()
-    optimizer.zero_grad()
-    before = W.detach().clone()
-    optimizer.step()
-    assert torch.equal(W, before)
-
-
-def test_clipping_scales_what_step_will_use():
-    linear = nn.Linear(6, 9)
-    optimizer = ProjectedAdam([{"params": [linear.weight], "rank": 2}, {"params": [linear.bias]}], lr=0.1)
-    linear(torch.randn(4, 6)).square().sum().backward()
-    low_rank, plain = optimizer.state[linear.weight]["gradient"], linear.bias.grad
-    expected = torch.cat([low_rank.flatten(), plain]).norm()
-    assert optimizer.clip_grad_norm_(0.5).item() == pytest.approx(expected.item(), rel=1e-6)
-    assert torch.cat([low_rank.flatten(), plain]).norm().item() == pytest.approx(0.5, rel=1e-4)
-
-
-def state_bytes(optimizer: ProjectedAdam) -> int:
-    return sum(v.nbytes for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
-
-
-def test_frozen_layers_hold_no_state_and_no_gradient():
-    torch.manual_seed(0)
-    model = build(n_layers=6)
-    args = train.argparse.Namespace(method="owlore", embeddings="full", rank=4, update_gap=10, scale=1.0, lr=1e-3, weight_decay=0.0, svd="exact", published=False)  # fmt: skip
-    optimizer, sampler = train.build_optimizer(model, args), LayerSampler(model.layers, torch.ones(6) / 6, 2)
-    # per linear m x n of an active layer: basis, two moments; per norm and for embedding, head and final norm: two moments
-    r = 4
-    layer = sum(
-        4 * (r * min(p.shape) + 2 * r * max(p.shape)) if p.dim() == 2 else 8 * p.numel()
-        for p in model.layers[0].parameters()
-    )
-    always = 8 * (model.tok_embeddings.weight.numel() + model.output.weight.numel() + model.norm.weight.numel())
-    seen = set()
-    for _ in range(12):
-        drawn = sampler.resample()
-        seen |= set(drawn)
-        optimizer.zero_grad()
-        model(random_tokens(2, 9), random_tokens(2, 9, seed=2)).backward()
-        optimizer.step()
-        assert state_bytes(optimizer) == 2 * layer + always
-        assert all(p.grad is None for n in range(6) if n not in drawn for p in model.layers[n].parameters())
-    assert len(seen) > 2
+    W, clean = (nn.Parameter(torch.ones(30, 20)) for _ in "ab")
+    G = torch.randn(30, 20)
+    for p in (W, clean):
+        optimizer = ProjectedAdam([{"params": [p], "rank": 4, "update_gap": 3}], lr=0.1, svd="exact", in_backward=in_backward)  # fmt: skip
+        for n in range(8):
+            for poisoned in (True, False) if p is W and n in (0, 3, 6) else (False,):  # the steps that renew it
+                optimizer.zero_grad()
+                (p * (bad * G if poisoned else (n + 1) * G.roll(n))).sum().backward()
+                if poisoned:
+                    before = p.detach().clone()
+                    assert not in_backward or optimizer.clip_grad_norm_(1.0).isnan()
+                optimizer.step()
+                assert not poisoned or torch.equal(p, before)
+    assert torch.equal(W, clean) and W.isfinite().all() and not torch.equal(W, torch.ones(30, 20))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_dict_round_trips_bit_for_bit(dtype):
-    def run(steps, restored=None):
-        torch.manual_seed(0)
-        W, b = nn.Parameter(torch.randn(8, 5).to(dtype)), nn.Parameter(torch.randn(5).to(dtype))
-        optimizer = ProjectedAdam([{"params": [W], "rank": 2, "update_gap": 3}, {"params": [b]}], lr=0.05, svd="exact")
-        start = 0
-        if restored:
-            state, start, rng = restored
-            W.data, b.data = (p.clone() for p in state[0])
-            optimizer.load_state_dict(state[1])
-            torch.set_rng_state(rng)
-        gradients = random_gradients(8, 5, steps=10)
-        for n in range(start, steps):
-            W.grad, b.grad = gradients[n].to(dtype), gradients[n][0].to(dtype)
-            optimizer.step()
-        return W, b, optimizer
-
-    W, b, optimizer = run(4)
-    saved = pickle.loads(pickle.dumps(optimizer.state_dict()))
-    rng = torch.get_rng_state()
-    resumed = run(10, restored=(((W, b), saved), 4, rng))
-    straight = run(10)
-    assert torch.equal(resumed[0], straight[0]) and torch.equal(resumed[1], straight[1])
-    for p, q in zip((resumed[0], resumed[1]), (straight[0], straight[1])):
-        for key, value in straight[2].state[q].items():
-            got = resumed[2].state[p][key]
-            assert (
-                torch.equal(got, value) and got.dtype == value.dtype
-                if isinstance(value, torch.Tensor)
-                else got == value
-            )
-
-
-@pytest.mark.parametrize("rank", [None, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_with_found_inf_changes_nothing(rank, dtype):
-    W = nn.Parameter(torch.randn(6, 4).to(dtype))
-    optimizer = ProjectedAdam([{"params": [W], "rank": rank}], lr=0.1, weight_decay=0.5)
-    for bad in (False, True, False):
-        weight = W.detach().clone()
-        moments = {k: v.clone() for k, v in optimizer.state[W].items() if "exp" in k}
-        (W * (math.nan if bad else torch.randn(6, 4))).sum().backward()
-        optimizer.found_inf = ~torch.isfinite(optimizer.clip_grad_norm_(1.0))
-        optimizer.step()
-        optimizer.zero_grad()
-        assert torch.equal(W, weight) == bad and torch.isfinite(W).all()
-        assert not bad or all(torch.equal(optimizer.state[W][key], moments[key]) for key in moments)
-
-
-def test_a_discarded_optimizer_lets_go_of_the_gradients():
-    W = nn.Parameter(torch.randn(5, 3))
-    optimizer = ProjectedAdam([{"params": [W], "rank": 2}], lr=0.1)
-    del optimizer
-    W.sum().backward()
-    assert torch.equal(W.grad, torch.ones(5, 3))
+def test_stochastic_rounding_keeps_what_is_not_finite(dtype):
+    """nan with any bits: 0x7fffffff is what CUDA makes."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000, 0x7F800000, -0x800000], dtype=torch.int32)
+    rounded = stochastic_round(bits.view(torch.float32).repeat(1000, 1))
+    assert rounded[:, :4].isnan().all() and (rounded[:, 4] == math.inf).all() and (rounded[:, 5] == -math.inf).all()
+    W = nn.Parameter(torch.ones(4, dtype=dtype))
+    W.grad = torch.full_like(W, math.nan)
+    ProjectedAdam([W], lr=0.1).step()
+    assert W.isnan().all()  # as with AdamW: a bad step that nobody stopped is seen
 
 
 def test_stochastic_rounding_keeps_the_mean():
     x = torch.tensor([1.0 + 2**-10, -3.1, 1e-30, 0.0, 2.0]).repeat(20000, 1)
     rounded = stochastic_round(x.clone())
     assert rounded.dtype == torch.bfloat16
-    below_above = torch.stack([rounded.float().amin(0), rounded.float().amax(0)])
-    spacing = below_above[1] - below_above[0]
+    spacing = rounded.float().amax(0) - rounded.float().amin(0)
     assert spacing[3] == 0 and spacing[4] == 0  # what bf16 holds stays
     error = (rounded.double().mean(0) - x[0].double()).abs()
     assert (error <= 4.5 * spacing.double() / 2 / math.sqrt(20000)).all()  # a coin's standard deviation is at most 1/2
@@ -1049,6 +1324,121 @@ def test_updates_below_bf16_resolution_are_not_lost():
     assert optimizer.state[W]["exp_avg_sq"].dtype == torch.float32
 
 
+class TF32(TorchDispatchMode):
+    """Matrix products as a GPU's tensor cores do them if told to: of inputs rounded to 10 bits of mantissa."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+            args = tuple((x.contiguous().view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32) for x in args)
+        return func(*args, **(kwargs or {}))
+
+
+GRADIENTS = {
+    "zero": lambda m, n: torch.zeros(m, n),
+    "one token": lambda m, n: torch.randn(m, 1) @ torch.randn(1, n),
+    "few tokens": lambda m, n: torch.randn(m, 5) @ torch.randn(5, n),
+    "tiny": lambda m, n: 1e-30 * torch.randn(m, 5) @ torch.randn(5, n),
+    "huge": lambda m, n: 1e30 * torch.randn(m, 5) @ torch.randn(5, n),
+    "one entry": lambda m, n: torch.zeros(m, n).index_put((torch.tensor(3), torch.tensor(7)), torch.tensor(1.0)),
+    "equal columns": lambda m, n: torch.randn(m, 1).expand(m, n),
+    "power law": lambda m, n: torch.randn(m, n) / torch.arange(1, n + 1) @ torch.randn(n, n),
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+@pytest.mark.parametrize("tf32", [False, True])
+def test_randomized_basis_is_orthonormal_and_captures_what_the_exact_one_does(kind, tf32):
+    torch.manual_seed(0)
+    G = GRADIENTS[kind](300, 200)
+    for gradient in (G, G.T.contiguous(), G.bfloat16()):
+        with TF32() if tf32 else contextlib.nullcontext():
+            P = projection_basis(gradient, 8)
+        assert P.shape == (200, 8) and P.dtype == torch.float32
+        torch.testing.assert_close(P.T @ P, torch.eye(8), rtol=0, atol=1e-5)
+        tall = (gradient if gradient.shape[0] == 300 else gradient.T).double()
+        best = torch.linalg.svdvals(tall)[:8].square().sum()
+        # fp32 products of 300 terms; TF32 has 2^-11 a product, whose square is lost of the energy, times a few
+        assert (tall @ P.double()).square().sum() >= (1 - (1e-4 if tf32 else 1e-5)) * best
+
+
+def test_randomized_basis_keeps_998_of_1000_parts_of_a_slowly_falling_spectrum():
+    torch.manual_seed(0)
+    G = torch.randn(1376, 512) / torch.arange(1, 513) ** 0.7 @ torch.randn(512, 512)  # 4096 x 11008 at rank 256, / 8
+    shares = [(G @ projection_basis(G, 32)).square().sum() / torch.linalg.svdvals(G)[:32].square().sum() for _ in "123"]
+    assert min(shares) >= 0.998
+
+
+def test_exact_basis_is_the_svds():
+    G = random_gradients(30, 12, steps=1)[0]
+    for gradient in (G, G.T):
+        leading = torch.linalg.svd(G).Vh[:4].T
+        P = projection_basis(gradient, 4, "exact")
+        torch.testing.assert_close(P @ P.T, leading @ leading.T, atol=1e-5, rtol=0)
+    assert projection_basis(G, 99).shape == (12, 12)
+    with pytest.raises(torch.linalg.LinAlgError):
+        projection_basis(G / 0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_state_dict_round_trips_bit_for_bit(dtype, in_backward):
+    def run(steps, restored=None):
+        torch.manual_seed(0)
+        W, b = nn.Parameter(torch.randn(8, 5).to(dtype)), nn.Parameter(torch.randn(5).to(dtype))
+        groups = [{"params": [W], "rank": 2, "update_gap": 3}, {"params": [b]}]
+        optimizer = ProjectedAdam(groups, lr=0.05, svd="exact", in_backward=in_backward)
+        start = 0
+        if restored:
+            state, start, rng = restored
+            W.data, b.data = (p.clone() for p in state[0])
+            optimizer.load_state_dict(state[1])
+            torch.set_rng_state(rng)
+        for G in random_gradients(8, 5, steps=10)[start:steps]:
+            optimizer.zero_grad()
+            ((W * G).sum() + (b * G[0]).sum()).backward()
+            optimizer.step()
+        return W, b, optimizer
+
+    W, b, optimizer = run(4)
+    saved = pickle.loads(pickle.dumps(optimizer.state_dict()))
+    rng = torch.get_rng_state()
+    resumed = run(10, restored=(((W, b), saved), 4, rng))
+    straight = run(10)
+    for p, q in zip(resumed[:2], straight[:2]):
+        assert torch.equal(p, q)
+        for key, value in straight[2].state[q].items():
+            got = resumed[2].state[p][key]
+            assert torch.equal(got, value) and got.dtype == value.dtype if torch.is_tensor(value) else got == value
+
+
+def state_bytes(optimizer: ProjectedAdam) -> int:
+    return sum(v.nbytes for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+
+
+@pytest.mark.parametrize("forget", ["optimizer", "model"])
+def test_frozen_layers_hold_no_state_and_no_gradient(forget):
+    torch.manual_seed(0)
+    model = build(n_layers=6)
+    args = settings_of("--method", "owlore", "--rank", 4, "--update-gap", 10, "--active", 2)
+    optimizer, sampler = train.build_optimizer(model, args), LayerSampler(model.layers, torch.ones(6) / 6, 2)
+    # per linear m x n of an active layer: basis, two moments; per norm and for embedding, head and final norm: two moments
+    layer = sum(
+        4 * (4 * min(p.shape) + 2 * 4 * max(p.shape)) if p.dim() == 2 else 8 * p.numel()
+        for p in model.layers[0].parameters()
+    )
+    always = 8 * (model.tok_embeddings.weight.numel() + model.output.weight.numel() + model.norm.weight.numel())
+    seen = set()
+    for _ in range(12):
+        drawn = sampler.resample()
+        seen |= set(drawn)
+        (optimizer if forget == "optimizer" else model).zero_grad()
+        model(random_tokens(2, 9), random_tokens(2, 9, seed=2)).backward()
+        optimizer.step()
+        assert state_bytes(optimizer) == 2 * layer + always
+        assert all(p.grad is None for n in range(6) if n not in drawn for p in model.layers[n].parameters())
+    assert len(seen) > 2
+
+
 def test_optimizer_refuses_what_it_cannot_do():
     W, b = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3))
     for group, options in (
@@ -1060,6 +1450,346 @@ def test_optimizer_refuses_what_it_cannot_do():
     ):
         with pytest.raises(ValueError):
             ProjectedAdam([group], lr=0.1, **options)
+
+
+# owlore.py: in other people's loops. Each habit works as with torch.optim.AdamW, in both modes, or raises at once.
+
+
+def small_net(in_backward: bool = False, dtype=torch.float32, svd: str = "exact") -> tuple[nn.Module, ProjectedAdam]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 90), nn.Tanh(), nn.Linear(90, 80)).to(dtype)
+    matrices = [p for p in net.parameters() if p.dim() == 2]
+    groups = [
+        {"params": matrices, "rank": 3, "update_gap": 4},
+        {"params": [p for p in net.parameters() if p.dim() == 1]},
+    ]
+    return net, ProjectedAdam(groups, lr=0.02, svd=svd, in_backward=in_backward)
+
+
+X, Y = torch.randn(16, 6, generator=torch.Generator().manual_seed(5)), torch.ones(16, 80)
+
+
+def loss_of(net: nn.Module, part: slice = slice(None)) -> torch.Tensor:
+    dtype = next(net.parameters()).dtype
+    return (net(X[part].to(dtype)) - Y[part]).square().mean() * len(X[part]) / 16
+
+
+def train_net(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 10) -> list[torch.Tensor]:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(net).backward()
+        optimizer.step()
+    return weights_of(net)
+
+
+def weights_of(net: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    """Ten steps of 0.02 on weights of up to 1, whose fp32 gradients differ in the last bits: a difference of 1e-5 is one
+    of 5e-5 in a single step's direction."""
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("second", ["plain", "in_backward", "adamw"])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_second_optimizer_trains_or_raises_while_the_first_is_referenced(in_backward, second):
+    expected = train_net(*small_net()) if second != "adamw" else None
+    net, first = small_net(in_backward)
+    other = torch.optim.AdamW(net.parameters(), lr=0.02)
+    if second != "adamw":
+        other = ProjectedAdam([dict(group) for group in first.param_groups], 0.02, svd="exact", in_backward=second == "in_backward")  # fmt: skip
+    if in_backward:
+        with pytest.raises(RuntimeError, match="in_backward"):
+            train_net(net, other, steps=1)
+        first.in_backward = False  # gives the gradients back, as the message says
+        net.zero_grad()
+    weights = train_net(net, other)
+    assert expected is None or all(map(torch.equal, weights, expected))
+    if second == "adamw":
+        same, _ = small_net()
+        assert all(map(torch.equal, weights, train_net(same, torch.optim.AdamW(same.parameters(), lr=0.02))))
+
+
+def test_a_discarded_optimizer_lets_go_of_the_gradients():
+    net, optimizer = small_net(in_backward=True)
+    del optimizer
+    loss_of(net).backward()
+    assert all(type(p.grad) is torch.Tensor for p in net.parameters())
+
+
+def test_clipping_by_torch_scales_every_gradient():
+    net, optimizer = small_net()
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss_of(net).backward()
+        plain = torch.cat([p.grad.flatten() for p in net.parameters()])
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+        assert norm.item() == pytest.approx(plain.norm().item(), rel=1e-6)
+        assert torch.cat([p.grad.flatten() for p in net.parameters()]).norm().item() == pytest.approx(0.1, rel=1e-3)
+        optimizer.step()
+    own, optimizer = small_net()
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss_of(own).backward()
+        optimizer.clip_grad_norm_(0.1)
+        optimizer.step()
+    assert_close(weights_of(own), weights_of(net))
+    net, optimizer = small_net(in_backward=True)
+    loss_of(net).backward()
+    with pytest.raises(RuntimeError, match="optimizer.clip_grad_norm_"):
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+
+
+def test_clipping_in_the_backward_mode_scales_what_step_will_use():
+    net, optimizer = small_net(in_backward=True)
+    loss_of(net).backward()
+    used = [p.grad.R if p.dim() == 2 else p.grad for p in net.parameters()]
+    before = torch.cat([g.flatten() for g in used]).norm().item()
+    assert [tuple(g.shape) for g in used] == [(90, 3), (90,), (3, 90), (80,)]
+    assert optimizer.clip_grad_norm_(0.1).item() == pytest.approx(before, rel=1e-6)
+    assert torch.cat([g.flatten() for g in used]).norm().item() == pytest.approx(0.1, rel=1e-3)
+    assert ProjectedAdam(nn.Linear(2, 2).parameters(), 0.1).clip_grad_norm_(1.0).item() == 0
+
+
+def test_grad_scaler_unscales_and_skips():
+    expected = train_net(*small_net())
+    net, optimizer = small_net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for poisoned in (True, *[False] * 5, True, *[False] * 5):
+        optimizer.zero_grad()
+        (scaler.scale(loss_of(net)) * (math.inf if poisoned else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert_close(weights_of(net), expected)
+    net, optimizer = small_net(in_backward=True)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(net)).backward()
+    with pytest.raises(RuntimeError, match="in_backward"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_model_zero_grad_forgets_a_skipped_step(in_backward):
+    expected = train_net(*small_net(in_backward))
+    net, optimizer = small_net(in_backward)
+    for n in range(10):
+        if n % 3 == 0:
+            (1000 * loss_of(net)).backward()
+            net.zero_grad()
+        loss_of(net).backward()
+        optimizer.step()
+        net.zero_grad()
+    assert_close(weights_of(net), expected)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_copies_of_model_and_optimizer_train_on_alike(in_backward, how):
+    net, optimizer = small_net(in_backward)
+    train_net(net, optimizer, 3)
+    if how == "deepcopy":
+        copies = copy.deepcopy((net, optimizer))
+        assert copy.deepcopy(net)[0].weight.grad is None  # a model alone can be copied, too
+    elif how == "pickle":
+        copies = pickle.loads(pickle.dumps((net, optimizer)))
+    else:
+        torch.save((net, optimizer), buffer := io.BytesIO())
+        torch.save(net, io.BytesIO())
+        buffer.seek(0)
+        copies = torch.load(buffer, weights_only=False)
+    start = weights_of(net)
+    theirs, ours = train_net(*copies), train_net(net, optimizer)
+    assert all(map(torch.equal, theirs, ours)) and not any(map(torch.equal, ours, start))
+
+
+def test_a_copied_transformer_trains_for_its_own_optimizer():
+    """Its Linear modules hand their factors to an optimizer; a copy's have none until it is given one."""
+    model = build()
+    optimizer = train.build_optimizer(model, settings_of("--method", "galore"))
+    twin = copy.deepcopy(model)
+    pickle.loads(pickle.dumps(model))
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(random_tokens(2, 9), random_tokens(2, 9, seed=2)).backward()
+        optimizer.step()
+    twin(random_tokens(2, 9), random_tokens(2, 9, seed=2)).backward()
+    assert all(type(p.grad) is torch.Tensor for p in twin.parameters())
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_param_groups_can_be_edited(in_backward):
+    net, optimizer = small_net(in_backward)
+    train_net(net, optimizer, 3)
+    before = weights_of(net)
+    optimizer.param_groups[0].update(lr=0.0, update_gap=1, scale=0.5)
+    train_net(net, optimizer, 1)
+    assert [torch.equal(p, q) for p, q in zip(net.parameters(), before)] == [True, False, True, False]
+    optimizer.param_groups[0].update(lr=0.02, rank=2)  # takes effect at once, with moments of its own
+    train_net(net, optimizer, 1)
+    assert [optimizer.state[p]["basis"].shape[1] for p in net.parameters() if p.dim() == 2] == [2, 2]
+    assert [optimizer.state[p]["step"] for p in net.parameters()] == [1, 5, 1, 5]
+    optimizer.param_groups[0]["rank"] = None  # AdamW from here
+    weights = train_net(net, optimizer, 5)
+    assert all(p.isfinite().all() for p in weights) and "basis" not in optimizer.state[net[0].weight]
+    del optimizer.param_groups[0]
+    train_net(net, optimizer, 1)
+    assert torch.equal(net[0].weight, weights[0]) and not torch.equal(net[0].bias, weights[1])
+
+
+def test_a_state_that_does_not_fit_the_groups_is_refused():
+    net, projected = small_net()
+    matrices, biases = (group["params"] for group in projected.param_groups)
+    plain = ProjectedAdam([{"params": matrices}, {"params": biases}], lr=0.02)
+    adamw = torch.optim.AdamW([{"params": matrices}, {"params": biases}], lr=0.02)
+    for optimizer in (projected, plain, adamw):
+        train_net(net, optimizer, 1)
+    for here, there in ((projected, plain), (projected, adamw), (plain, projected)):
+        with pytest.raises(ValueError, match="rank"):
+            here.load_state_dict(there.state_dict())
+
+
+@pytest.mark.parametrize("in_backward, dtype", [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)])
+def test_distributed_data_parallel(in_backward, dtype):
+    """Two processes, each with half of the batch, train what one does with all of it; in the backward mode it is refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=ddp_process, args=(rank, folder, in_backward, dtype)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+        results = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+    if in_backward:
+        assert all("in_backward=False" in message for message in results)
+    else:
+        assert all(map(torch.equal, *results))
+        if dtype == torch.float32:
+            assert_close(results[0], train_net(*small_net(svd="randomized")))
+
+
+def ddp_process(rank: int, folder: str, in_backward: bool, dtype: torch.dtype) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    net, optimizer = small_net(in_backward, dtype, "randomized")
+    torch.manual_seed(rank)  # each process may draw what it likes
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    half, result = slice(8 * rank, 8 * rank + 8), None
+    try:
+        for _ in range(10):
+            optimizer.zero_grad()
+            (2 * loss_of(wrapped, half)).backward()  # DDP takes the mean over processes
+            optimizer.step()
+        result = weights_of(net)
+    except RuntimeError as error:
+        result = str(error)
+    torch.save(result, Path(folder) / f"{rank}.pt")
+    os._exit(0)
+
+
+def test_accelerate_clips_and_steps():
+    accelerate = pytest.importorskip("accelerate")
+    net, optimizer = small_net()
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, wrapped = accelerator.prepare(net, optimizer)
+    for _ in range(10):
+        wrapped.zero_grad()
+        accelerator.backward(loss_of(model))
+        accelerator.clip_grad_norm_(model.parameters(), 0.1)
+        wrapped.step()
+    same, optimizer = small_net()
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss_of(same).backward()
+        torch.nn.utils.clip_grad_norm_(same.parameters(), 0.1)
+        optimizer.step()
+    assert_close(weights_of(net), weights_of(same))
+    net, optimizer = small_net(in_backward=True)
+    model, wrapped = accelerator.prepare(net, optimizer)
+    accelerator.backward(loss_of(model))
+    with pytest.raises(RuntimeError, match="clip_grad_norm_"):
+        accelerator.clip_grad_norm_(model.parameters(), 0.1)
+
+
+def test_a_trainer_run_resumes_with_the_same_draws(tmp_path):
+    """bench/transformers_example.py's callback, interrupted and resumed."""
+    pytest.importorskip("accelerate"), pytest.importorskip("transformers")
+    sys.path.insert(0, str(Path(owlore.__file__).parent / "bench"))
+    import transformers_example as example
+
+    straight, draws = example.train_with_trainer(tmp_path / "a", steps=8, interval=2)
+    example.train_with_trainer(tmp_path / "b", steps=8, interval=2, stop_at=5)
+    resumed, last_draws = example.train_with_trainer(tmp_path / "b", steps=8, interval=2, resume=True)
+    assert len(draws) == 4 and last_draws == draws[3:]
+    assert all(map(torch.equal, weights_of(straight), weights_of(resumed)))
+
+
+# owlore.py: projecting in the backward pass
+
+
+def test_gradients_are_projected_and_freed_in_the_backward_pass():
+    net, optimizer = small_net(in_backward=True)
+    loss_of(net).backward()
+    for p, shape in ((net[0].weight, (90, 3)), (net[2].weight, (3, 90))):
+        assert isinstance(p.grad, owlore.ProjectedGradient) and p.grad.R.shape == shape
+    assert all(map(torch.equal, train_net(*small_net()), train_net(*small_net(in_backward=True))))
+
+
+@pytest.mark.parametrize("kind", ["linear", "factors"])
+@pytest.mark.parametrize("parts", [2, 16])
+def test_micro_batches_give_the_weights_of_the_whole_batch(kind, parts):
+    """Refreshes included: the basis is the step's, not the first micro-batch's. Same bits but for sums in another order."""
+    results = []
+    for n in (1, parts):
+        torch.manual_seed(0)
+        linear = nn.Linear if kind == "linear" else lambda a, b: owlore.Linear(a, b)
+        net = nn.Sequential(linear(6, 90), nn.Tanh(), linear(90, 80))
+        groups = [{"params": [p for p in net.parameters() if p.dim() == d], **settings} for d, settings in ((2, {"rank": 3, "update_gap": 4}), (1, {}))]  # fmt: skip
+        optimizer = ProjectedAdam([g for g in groups if g["params"]], lr=0.02, in_backward=True)
+        owlore.take_factors(net, optimizer)
+        optimizer.micro_batches = n
+        for _ in range(12):
+            optimizer.zero_grad()
+            for part in range(n):
+                loss_of(net, slice(16 * part // n, 16 * (part + 1) // n)).backward()
+            optimizer.clip_grad_norm_(0.5)
+            optimizer.step()
+        results.append(weights_of(net))
+    assert_close(*results)
+
+
+def test_more_backward_passes_than_announced_are_refused():
+    net, optimizer = small_net(in_backward=True)
+    loss_of(net).backward()
+    with pytest.raises(RuntimeError, match="micro_batches"):
+        loss_of(net).backward()
+    net, optimizer = small_net(in_backward=True)
+    optimizer.micro_batches = 5  # fewer are fine, as at an epoch's end
+    loss_of(net).backward()
+    optimizer.step()
+    assert_close(weights_of(net), train_net(*small_net(), steps=1))
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
+def test_factors_are_projected_as_the_gradient_is(shape):
+    torch.manual_seed(0)
+    ours, plain = owlore.Linear(shape[1], shape[0]), nn.Linear(shape[1], shape[0], bias=False)
+    plain.load_state_dict(ours.state_dict())
+    settings = dict(lr=0.05, svd="exact", in_backward=True)
+    optimizers = [ProjectedAdam([{"params": m.parameters(), "rank": 3, "update_gap": 4}], **settings) for m in (ours, plain)]  # fmt: skip
+    owlore.take_factors(ours, optimizers[0])
+    made = []
+    ours.weight.register_hook(lambda G: made.append(G is not None))
+    for _ in range(10):
+        x = torch.randn(7, shape[1])
+        for linear, optimizer in zip((ours, plain), optimizers):
+            optimizer.zero_grad()
+            linear(x).square().sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(ours.weight, plain.weight, rtol=1e-4, atol=1e-5)
+    assert [n for n, G in enumerate(made) if G] == [0, 4, 8]  # for new bases; between them there was no gradient
 
 
 def test_owlore_alone_trains_a_plain_sequential(tmp_path):
@@ -1094,40 +1824,10 @@ assert not sys.modules.keys() & {"model", "data", "train", "sentencepiece"}
 # train.py
 
 
-def run_cli(monkeypatch, capsys, main, *argv) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command line."""
-    monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, argv)])
-    code = 0
-    try:
-        data.run_command(main)
-    except SystemExit as error:
-        code = error.code
-    output = capsys.readouterr()
-    return code, output.out, output.err
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A checkpoint folder of a small random model, with tiny/'s tokenizer."""
-    path = tmp_path / "ckpt"
-    vocab = load_tokenizer(TINY).vocab_size
-    save_model(build(vocab_size=vocab, max_seq_len=256), path, "meta")
-    data.copy_tokenizer(TINY, path)
-    return path
-
-
-@pytest.fixture
-def jsonl(tmp_path):
-    """A few records of several types."""
-    path = tmp_path / "data.jsonl"
-    rows = [{"prompt": f"{n} and {n} is", "completion": f" {2 * n}"} for n in range(30)]
-    rows += [{"prompt": f"Is {n} even?", "choices": [" yes", " no"], "answer": n % 2} for n in range(30)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
-def read_metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def settings_of(*flags) -> train.argparse.Namespace:
+    """The settings of a run on `build()`."""
+    args = train.flag_parser().parse_args(["--data", "x", "--device", "cpu", *map(str, flags)])
+    return train.decide_settings(args, build().config)
 
 
 @pytest.mark.parametrize(
@@ -1135,9 +1835,7 @@ def read_metrics(out: Path) -> list[dict]:
     [
         (32, 4096, "", 5, 256),
         (40, 5120, "", 7, 320),
-        (32, 4096, "--published", 5, 256),
         (8, 128, "", 4, 32),
-        (8, 128, "--published", 2, 8),
         (3, 64, "", 3, 32),
         (32, 4096, "--method lisa", 2, 256),
         (8, 128, "--method lisa", 1, 32),
@@ -1146,136 +1844,150 @@ def read_metrics(out: Path) -> list[dict]:
     ],
 )
 def test_defaults_are_published_at_7b_and_have_a_least_size(n_layers, dim, flags, active, rank):
-    args = train.flag_parser().parse_args(flags.split())
-    train.fit_to_size(args, model_module.ModelConfig(dim=dim, n_layers=n_layers, n_heads=8, vocab_size=32))
+    args = train.flag_parser().parse_args([*flags.split(), "--data", "x"])
+    args = train.decide_settings(args, ModelConfig(dim=dim, n_layers=n_layers, n_heads=8, vocab_size=32))
     assert (args.active, args.rank) == (active, rank)
+    if dim == 4096:
+        assert (args.lr, args.threshold, args.seq_len, args.batch_size, args.update_gap) == (3e-4, 13, 512, 16, 100)
+        assert args.interval == (3 if args.method == "lisa" else 50)
 
 
-def test_a_run_trains_saves_and_loads_again(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
-    out = tmp_path / "run"
-    flags = (
-        "--ckpt",
-        checkpoint,
-        "--data",
-        jsonl,
-        "--device",
-        "cpu",
-        "--steps",
-        12,
-        "--batch-size",
-        4,
-        "--interval",
-        3,
-        "--active",
-        1,
-    )
-    code, text, _ = run_cli(monkeypatch, capsys, train.main, *flags, "--out", out)
-    assert code == 0 and "before" in text and "after" in text
-    rows = read_metrics(out)
+def test_a_run_trains_saves_and_loads_again(base, checkpoint, tmp_path):
+    code, text, _ = cli(f"{base} --steps 12 --interval 3 --active 1 --out {tmp_path / 'run'}")
+    assert code == 0 and "before" in text and "after" in text and "█" in text.split("before")[0]
+    rows = read_metrics(tmp_path / "run")
     steps, evaluations = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 13)) and [r["step"] for r in evaluations] == [0, 3, 6, 9, 12]
     assert all(len(r["active"]) == 1 for r in steps)
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"]
-    tuned, source = load_model(out / "model"), load_model(checkpoint)
-    # saved layers are changed exactly where they were drawn
+    tuned, source = load_model(tmp_path / "run/model"), load_model(checkpoint)
     drawn = {layer for r in steps for layer in r["active"]}
-    for n in range(3):
+    for n in range(3):  # saved layers are changed exactly where they were drawn
         changed = not torch.equal(tuned.layers[n].attention.wq.weight, source.layers[n].attention.wq.weight)
         assert changed == (n in drawn)
-    code, text, _ = run_cli(monkeypatch, capsys, model_module.main, "--ckpt", out / "model", "--max-new-tokens", 5)
-    assert code == 0
+    assert cli(f"--ckpt {tmp_path / 'run/model'} --max-new-tokens 5", model_module.main)[0] == 0
 
 
 @pytest.mark.parametrize("method", train.METHODS)
 @pytest.mark.parametrize("embeddings", ["full", "projected", "frozen"])
-def test_every_method_runs_and_trains_what_it_should(
-    monkeypatch, capsys, checkpoint, jsonl, tmp_path, method, embeddings
-):
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 4, "--batch-size", 4)
-    flags += ("--method", method, "--embeddings", embeddings, "--out", tmp_path / "run")
-    flags += ("--active", 1, "--interval", 2) if method in ("owlore", "lisa") else ()
-    code, _, error = run_cli(monkeypatch, capsys, train.main, *flags)
-    assert code == 0, error
-    tuned, source = load_model(tmp_path / "run/model"), load_model(checkpoint)
-    drawn = {layer for r in read_metrics(tmp_path / "run") if "loss" in r for layer in r["active"]}
-    assert (len(drawn) == 3) == (method in ("galore", "lora", "full")) or method in ("owlore", "lisa")
+def test_every_method_trains_what_it_should(base, checkpoint, tmp_path, method, embeddings):
+    sampled = "--active 1 --interval 2" if method in ("owlore", "lisa") else ""
+    out = tmp_path / "run"
+    rows = train_run(f"{base} --steps 4 --method {method} --embeddings {embeddings} {sampled} --out {out}")
+    tuned, source = load_model(out / "model"), load_model(checkpoint)
+    drawn = {layer for r in rows if "loss" in r for layer in r["active"]}
+    assert (len(drawn) == 3) == (method in ("galore", "lora", "full")) or sampled
     for (name, p), q in zip(tuned.named_parameters(), source.parameters()):
         if "norm" in name and method == "lora":
             trained = False
+        elif name.startswith("layers."):
+            trained = int(name.split(".")[1]) in drawn
         else:
-            trained = (
-                int(name.split(".")[1]) in drawn
-                if name.startswith("layers.")
-                else "norm" in name or embeddings != "frozen"
-            )
+            trained = "norm" in name or embeddings != "frozen"
         assert torch.equal(p, q) != trained, name
 
 
-def test_compiling_changes_no_result(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
-    compile_blocks = functools.partial(torch.compile, backend="aot_eager")  # without a C++ compiler
-    monkeypatch.setattr(torch, "compile", compile_blocks)
-    losses = []
-    for name, more in (("plain", ()), ("compiled", ("--compile",))):
-        flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 6, "--interval", 2, *more)
-        code, _, error = run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / name)
-        assert code == 0, error
-        losses.append([row.get("loss", row.get("val_loss")) for row in read_metrics(tmp_path / name)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # rounding, carried on through six steps
+@pytest.mark.parametrize("method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings projected"])
+def test_micro_batches_do_not_change_a_run(method, base, tmp_path):
+    """Through draws and new bases; rows differ in length, so a mean of means would differ. The rank is one at which the
+    gradients' directions are well above fp32's rounding: Adam makes whole steps of what is below it."""
+    sampled = "--active 2 --interval 3" if method.startswith(("owlore", "lisa")) else ""
+    low_rank = "--rank 4" if "--rank" not in method else ""
+    runs = []
+    for size in (16, 1):
+        line = f"{base} --steps 8 --batch-size 16 --update-gap 3 --eval-every 8 {low_rank} --method {method} {sampled}"
+        rows = train_run(f"{line} --lr 3e-3 --micro-batch-size {size} --out {tmp_path / str(size)}")
+        runs.append((load_model(tmp_path / str(size) / "model").state_dict(), [r["loss"] for r in rows if "loss" in r]))
+    np.testing.assert_allclose(runs[0][1], runs[1][1], rtol=1e-5)
+    for name, weight in runs[0][0].items():
+        assert (weight - runs[1][0][name]).norm() < 1e-4 * weight.norm(), name
 
 
-def test_rank_zero_is_owlore_without_projection(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 4, "--active", 1, "--interval", 2)
-    lisa = ("--method", "lisa", "--sampling", "outlier")
-    for out, method in (("a", ("--rank", 0)), ("b", lisa)):
-        assert run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / out, *method)[0] == 0
+def test_rank_zero_is_owlore_without_projection(base, tmp_path):
+    for out, method in (("a", "--rank 0"), ("b", "--method lisa --sampling outlier")):
+        train_run(f"{base} --steps 4 --active 1 --interval 2 {method} --out {tmp_path / out}")
     a, b = (load_model(tmp_path / out / "model").state_dict() for out in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_lora_trains_low_rank_additions_and_saves_plain_weights(tmp_path):
-    model, tokens = build("mistral"), random_tokens(2, 20)
-    plain = build("mistral")(tokens)
-    model_module.add_lora(model, rank=3, alpha=6.0)
-    assert torch.equal(model(tokens), plain)  # B = 0
-    for module in model.modules():
-        if isinstance(module, model_module.LoRALinear):
-            nn.init.normal_(module.B, std=0.1)
-    linear, x = model.layers[1].feed_forward.w2, torch.randn(5, 96)
-    torch.testing.assert_close(linear(x), x @ (linear.weight + 6.0 / 3 * linear.B @ linear.A).T)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {n for n, _ in model.named_parameters() if n.endswith((".A", ".B"))} and len(trained) == 3 * 7 * 2
-    for layout in ("meta", "hf"):
-        save_model(model, tmp_path / layout, layout)
-        merged = load_model(tmp_path / layout)
-        assert not any(name.endswith((".A", ".B")) for name, _ in merged.named_parameters())
-        torch.testing.assert_close(merged(tokens), model(tokens), rtol=1e-4, atol=1e-5)
-
-
-def test_eval_only_prints_what_a_run_evaluates_and_writes_nothing(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
+def test_eval_only_prints_what_a_run_evaluates_and_writes_nothing(base, checkpoint, jsonl, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu")
-    flags += ("--val-data", jsonl)
-    run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / "run", "--steps", 1)
-    before = read_metrics(tmp_path / "run")[0]
+    before = train_run(f"{base} --val-data {jsonl} --out run --steps 1")[0]
     files = sorted(tmp_path.iterdir())
-    code, text, error = run_cli(monkeypatch, capsys, train.main, *flags, "--eval-only")
-    assert code == 0 and f"{before['val_loss']:.4f}" in text and f"{before['val_accuracy']:.1%}" in text, error
-    code, text, error = run_cli(
-        monkeypatch, capsys, train.main, "--ckpt", checkpoint, "--val-data", jsonl, "--device", "cpu", "--eval-only"
-    )
-    assert code == 0 and "accuracy" in text, error
+    for line in (f"{base} --val-data {jsonl}", f"--ckpt {checkpoint} --val-data {jsonl}"):
+        code, text, error = cli(f"{line} --eval-only")
+        assert code == 0 and f"{before['val_loss']:.4f}" in text and f"{before['val_accuracy']:.1%}" in text, error
     assert sorted(tmp_path.iterdir()) == files
 
 
-def test_curves_are_drawn(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
-    pytest.importorskip("matplotlib")
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 4, "--batch-size", 4)
-    for name in "ab":
-        run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / name)
-    code, _, error = run_cli(monkeypatch, capsys, train.main, "--plot", tmp_path / "a", tmp_path / "b")
-    assert code == 0 and (tmp_path / "a/curves.png").read_bytes()[1:4] == b"PNG", error
-    code, _, error = run_cli(monkeypatch, capsys, train.main, "--plot", tmp_path / "c")
-    assert code == 2 and "c/metrics.jsonl" in error
+def test_choice_accuracy_counts_the_likeliest_completion():
+    model, tokenizer = build(vocab_size=300), Letters()
+    records = [parse_record({"prompt": f"p{n}", "choices": ["xy", "z", "uvw"], "answer": n % 3}) for n in range(12)]
+    right, by_length = 0, 0
+    for record in records:
+        scores = []
+        for choice in record.choices:
+            context, ids = tokenizer.encode(record.turns[0][0]), tokenizer.encode(record.turns[0][0] + choice)
+            logp = model(torch.tensor([ids]))[0].log_softmax(-1)
+            scores.append(sum(logp[i - 1, ids[i]].item() for i in range(len(context), len(ids))))
+        right += int(np.argmax(scores)) == record.answer
+        by_length += int(np.argmax(np.array(scores) / [2, 1, 3])) == record.answer
+    args = settings_of("--micro-batch-size", 5)
+    result = train.evaluate(model, train.build_validation(records, tokenizer, 50), args)
+    assert 0 < right < 12
+    assert (result["val_accuracy"], result["val_accuracy_norm"]) == (right / 12, by_length / 12)
+
+
+def test_outlier_chart_command(checkpoint, jsonl):
+    code, text, error = cli(f"--ckpt {checkpoint} --data {jsonl}", train.show_layers)
+    lines = text.splitlines()
+    assert code == 0 and len(lines) == 4 and "Hill alpha" in lines[0], error
+    model = load_model(checkpoint)
+    rows = build_dataset(load_records(jsonl), load_tokenizer(checkpoint), 256).sample(train.CALIBRATION_ROWS, 0)
+    D = outlier_distribution(model, model.layers, rows)
+    alphas = [np.mean([hill_alpha(linear.weight) for linear in layer]) for layer in linears_of(model.layers)]
+    for n, line in enumerate(lines[1:]):
+        numbers = [100 * D[n].item(), alphas[n], sampling_probabilities(D)[n].item()]
+        assert line.split()[:4] == [str(n), *(f"{number:.4f}" for number in numbers)]
+        assert line.count("█") == round(30 * (D[n] / D.max()).item())
+
+
+def test_embedded_default_learns(tmp_path):
+    before, after = (r for r in train_run(f"--steps 90 --eval-every 90 --out {tmp_path / 'run'}") if "val_loss" in r)
+    assert after["val_loss"] < before["val_loss"] / 10
+    assert before["val_accuracy"] < 0.35 and after["val_accuracy"] > 0.45  # 120 questions with four answers each
+
+
+def test_embedded_default_repeats_bit_for_bit(tmp_path):
+    (tmp_path / "val.json").write_text(json.dumps(json.loads((TINY / "val.json").read_text())[:8]))
+    line = f"--val-data {tmp_path / 'val.json'} --steps 9 --interval 4 --out {tmp_path}"
+    a, b = (train_run(f"{line}/{name}") for name in "ab")
+    weights = [load_model(tmp_path / name / "model").state_dict() for name in "ab"]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert a[-1]["val_loss"] == b[-1]["val_loss"]
+
+
+def test_bf16_weights_end_where_fp32_ones_do(tmp_path, monkeypatch):
+    """At this learning rate most updates are below bf16's resolution: rounding to nearest loses them, and 20 % of the loss."""
+    records = json.loads((TINY / "val.json").read_text())[:40]
+    (tmp_path / "val.json").write_text(json.dumps([{**record, "answer": ""} for record in records]))  # no accuracy
+
+    def final_loss(name: str, dtype: str) -> float:
+        line = f"--ckpt {TINY} --data {TINY / 'train.json'} --val-data {tmp_path / 'val.json'} --out {tmp_path / name}"
+        flags = "--steps 24 --interval 8 --batch-size 8 --eval-every 24 --lr 3e-4"
+        return train_run(f"{line} {flags} --dtype {dtype}")[-1]["val_loss"]
+
+    fp32, bf16 = final_loss("fp32", "fp32"), final_loss("bf16", "bf16")
+    monkeypatch.setattr(owlore, "stochastic_round", lambda x, random: x.to(torch.bfloat16))
+    nearest = final_loss("nearest", "bf16")
+    assert abs(bf16 / fp32 - 1) < 0.01 and abs(nearest / fp32 - 1) > 0.1
+
+
+def test_embedded_files_stay_small():
+    assert sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file()) < 8 * 2**20
+
+
+# train.py: interrupted, resumed, and out of the ordinary
 
 
 def cli_process(argv: list[str], output: Path, largest_file: int | None) -> None:
@@ -1286,8 +1998,8 @@ def cli_process(argv: list[str], output: Path, largest_file: int | None) -> None
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     torch.set_num_threads(1)
-    sys.argv = ["train.py", *argv]
-    data.run_command(train.main)
+    sys.argv = ["train.py", *argv, "--device", "cpu"]
+    train.main()
 
 
 SERVER = multiprocessing.get_context("forkserver")  # forks processes that have imported torch, but not yet used it
@@ -1295,12 +2007,12 @@ SERVER.set_forkserver_preload([__name__])
 
 
 def start_cli(
-    *argv, largest_file: int | None = None, when: Callable = lambda: False, number: int = signal.SIGKILL
+    line: str, largest_file: int | None = None, when: Callable = lambda: False, number: int = signal.SIGKILL
 ) -> tuple[int, str]:
-    """Run train.py in a process of its own and send it a signal `when` that is true. Returns its exit code, negative where
+    """Run train.py in a process of its own and send it a signal `when` that is true. Returns its exit code, negative if
     the signal ended it, and what it printed."""
     with tempfile.NamedTemporaryFile() as output:
-        process = SERVER.Process(target=cli_process, args=([str(a) for a in argv], Path(output.name), largest_file))
+        process = SERVER.Process(target=cli_process, args=(shlex.split(line), Path(output.name), largest_file))
         process.start()
         began, sent = time.monotonic(), False
         while process.is_alive():
@@ -1328,118 +2040,71 @@ def assert_same_run(a: Path, b: Path) -> None:
             other = states[1]["optimizer"]["state"][index][key]
             assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
     assert states[0]["optimizer"]["state"].keys() == states[1]["optimizer"]["state"].keys()
-    assert torch.equal(states[0]["rng"], states[1]["rng"])
+    assert torch.equal(states[0]["random"][0], states[1]["random"][0])
     if states[0]["sampler"]:
         assert torch.equal(states[0]["sampler"]["generator"], states[1]["sampler"]["generator"])
-    drop = ("tokens_per_second", "memory")
+    drop = ("tokens_per_second", "seconds", "memory")
     logs = [[{k: v for k, v in r.items() if k not in drop} for r in read_metrics(out)] for out in (a, b)]
     assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("method", train.METHODS)
-def test_resuming_continues_bit_for_bit(method, checkpoint, jsonl, tmp_path):
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 14, "--batch-size", 8)
-    flags += ("--active", 1, "--interval", 3) if method in ("owlore", "lisa") else ()
+def test_resuming_continues_bit_for_bit(method, base, tmp_path):
     # in bf16 stochastic rounding draws random numbers; an epoch is 8 steps
-    flags += ("--method", method, "--dtype", "bf16", "--micro-batch-size", 3, "--update-gap", 2, "--save-every", 5)
-    assert start_cli(*flags, "--out", tmp_path / "a")[0] == 0
-
-    assert start_cli(*flags, "--out", tmp_path / "b", when=reached(tmp_path / "b", 7))[0] == -signal.SIGKILL
-    code, output = start_cli("--resume", "--out", tmp_path / "b")
+    line = f"{base} --batch-size 8 --steps 14 --method {method} --dtype bf16 --micro-batch-size 3 --update-gap 2 --save-every 5"
+    line += " --active 1 --interval 3" if method in ("owlore", "lisa") else ""
+    assert start_cli(f"{line} --out {tmp_path / 'a'}")[0] == 0
+    out = tmp_path / "b"
+    assert start_cli(f"{line} --out {out}", when=reached(out, 7))[0] == -signal.SIGKILL
+    code, output = start_cli(f"--resume --out {out}")
     assert code == 0, output
-    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert_same_run(tmp_path / "a", out)
 
 
-def test_killed_at_twenty_random_moments_a_run_ends_as_if_never_interrupted(checkpoint, jsonl, tmp_path):
-    flags = (
-        "--ckpt",
-        checkpoint,
-        "--data",
-        jsonl,
-        "--device",
-        "cpu",
-        "--steps",
-        250,
-        "--batch-size",
-        4,
-        "--save-every",
-        4,
-    )
-    flags += ("--dtype", "bf16", "--eval-every", 60, "--active", 1)
+def test_killed_at_twenty_random_moments_a_run_ends_as_if_never_interrupted(base, tmp_path):
+    line = f"{base} --steps 250 --save-every 4 --dtype bf16 --eval-every 60 --active 1"
     began = time.time()
-    assert start_cli(*flags, "--out", tmp_path / "a")[0] == 0
+    assert start_cli(f"{line} --out {tmp_path / 'a'}")[0] == 0
     took = time.time() - began
-    random = np.random.default_rng(0)
-    kills = 0
+    random, kills, out = np.random.default_rng(0), 0, tmp_path / "b"
     for _ in range(200):
         moment = time.time() + (random.uniform(0, 0.15 * took) if kills < 20 else 600)
-        code, output = start_cli(
-            *flags, "--resume", "--out", tmp_path / "b", when=lambda moment=moment: time.time() > moment
-        )
+        code, output = start_cli(f"{line} --resume --out {out}", when=lambda moment=moment: time.time() > moment)
         if code == 0:
             break
         assert code == -signal.SIGKILL, output
         kills += 1
-        if (tmp_path / "b/model").exists():  # what there is at any moment is whole
-            load_model(tmp_path / "b/model")
+        if (out / "model").exists():  # what there is at any moment is whole
+            load_model(out / "model")
     assert kills >= 20
-    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert_same_run(tmp_path / "a", out)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(number, checkpoint, jsonl, tmp_path):
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--steps", 60, "--batch-size", 4)
-    assert start_cli(*flags, "--out", tmp_path / "a")[0] == 0
+def test_a_signal_saves_and_says_how_to_go_on(number, base, tmp_path):
+    assert start_cli(f"{base} --steps 60 --out {tmp_path / 'a'}")[0] == 0
+    out = tmp_path / "b"
+    code, output = start_cli(f"{base} --steps 60 --out {out}", when=reached(out, 5), number=number)
+    assert code == 128 + number and f"python train.py --resume --out {out}" in output
+    assert start_cli(f"--resume --out {out}")[0] == 0
+    assert_same_run(tmp_path / "a", out)
 
-    code, output = start_cli(*flags, "--out", tmp_path / "b", when=reached(tmp_path / "b", 5), number=number)
-    assert code == 128 + number and f"python train.py --resume --out {tmp_path / 'b'}" in output
-    assert start_cli("--resume", "--out", tmp_path / "b")[0] == 0
-    assert_same_run(tmp_path / "a", tmp_path / "b")
 
-
-def test_a_failed_save_keeps_the_last_checkpoint_and_the_run(checkpoint, jsonl, tmp_path):
-    flags = (
-        "--ckpt",
-        checkpoint,
-        "--data",
-        jsonl,
-        "--device",
-        "cpu",
-        "--batch-size",
-        4,
-        "--save-every",
-        4,
-        "--steps",
-        14,
-    )
-    assert start_cli(*flags, "--out", tmp_path / "a")[0] == 0
-
-    start_cli(*flags, "--out", tmp_path / "b", when=reached(tmp_path / "b", 6))
-    kept = snapshot(tmp_path / "b" / "checkpoints")
-    code, output = start_cli("--resume", "--out", tmp_path / "b", largest_file=100_000)  # as if the disk were full
+def test_a_failed_save_keeps_the_last_checkpoint_and_the_run(base, tmp_path):
+    line, out = f"{base} --save-every 4 --steps 14", tmp_path / "b"
+    assert start_cli(f"{line} --out {tmp_path / 'a'}")[0] == 0
+    start_cli(f"{line} --out {out}", when=reached(out, 6))
+    kept = snapshot(out / "checkpoints")
+    code, output = start_cli(f"--resume --out {out}", largest_file=100_000)  # as if the disk were full
     assert code == 2 and "Traceback" not in output
     assert "step 8 could not be saved" in output and "step 12 could not" in output and "step 14 could not" in output
-    assert snapshot(tmp_path / "b" / "checkpoints") == kept
-    assert start_cli("--resume", "--out", tmp_path / "b")[0] == 0
-    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert snapshot(out / "checkpoints") == kept
+    assert start_cli(f"--resume --out {out}")[0] == 0
+    assert_same_run(tmp_path / "a", out)
 
 
-def test_only_the_newest_checkpoints_are_kept(checkpoint, jsonl, tmp_path):
-    flags = (
-        "--ckpt",
-        checkpoint,
-        "--data",
-        jsonl,
-        "--device",
-        "cpu",
-        "--batch-size",
-        4,
-        "--save-every",
-        2,
-        "--steps",
-        9,
-    )
-    assert start_cli(*flags, "--out", tmp_path / "run", "--keep", 2)[0] == 0
+def test_only_the_newest_checkpoints_are_kept(base, tmp_path):
+    train_run(f"{base} --save-every 2 --steps 9 --out {tmp_path / 'run'} --keep 2")
     assert [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step-0000008", "step-0000009"]
     assert (tmp_path / "run/model").resolve() == tmp_path / "run/checkpoints/step-0000009/model"
 
@@ -1449,7 +2114,7 @@ def test_what_a_killed_save_left_does_not_count_as_a_checkpoint(checkpoint, tmp_
     for name in ("step-0000010.tmp", "step-0000025"):  # half written; whole, but never linked
         (out / "checkpoints" / name / "state").mkdir(parents=True)
     for step in (10, 20, 23):
-        train.save_checkpoint(out, 1, model, checkpoint, {"step": step})
+        train.save_checkpoint(out, 1, model, checkpoint, {"step": step}, last=True)
         assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{step:07}"]
         assert train.load_state(out)["step"] == step
     shutil.rmtree(out / "checkpoints")
@@ -1457,48 +2122,30 @@ def test_what_a_killed_save_left_does_not_count_as_a_checkpoint(checkpoint, tmp_
         train.load_state(out)
 
 
-def test_two_runs_do_not_share_a_folder(checkpoint, jsonl, tmp_path):
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--batch-size", 4, "--steps", 5)
-    assert start_cli(*flags, "--out", tmp_path / "run")[0] == 0
-    lock = train.open_run(tmp_path / "run")
-    code, output = start_cli("--resume", "--out", tmp_path / "run")
-    assert code == 2 and "another run" in output
-    lock.close()
+def test_two_runs_do_not_share_a_folder(base, tmp_path):
+    out = tmp_path / "run"
+    train_run(f"{base} --steps 2 --out {out}")
+    with train.run_folder(train.argparse.Namespace(out=out, resume=True)):
+        code, output = start_cli(f"--resume --out {out}")
+        assert code == 2 and "another run" in output
 
 
-def test_contradicting_flags_and_changed_data_are_refused_on_resume(checkpoint, jsonl, tmp_path):
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--batch-size", 4, "--steps", 5)
-    assert start_cli(*flags, "--out", tmp_path / "run")[0] == 0
-    assert start_cli(*flags, "--resume", "--out", tmp_path / "run")[0] == 0  # the same flags again are fine
-    code, output = start_cli("--resume", "--out", tmp_path / "run", "--lr", 1)
-    assert code == 2 and "--lr 1.0" in output
+def test_contradicting_flags_and_changed_data_are_refused_on_resume(base, jsonl, tmp_path):
+    out = tmp_path / "run"
+    train_run(f"{base} --steps 5 --out {out}")
+    assert cli(f"{base} --steps 5 --resume --out {out}")[0] == 0  # the same flags again are fine
+    assert_refused(cli(f"--resume --out {out} --lr 1"), "--lr 1.0")
+    saved = json.loads((out / "args.json").read_text())
+    for damaged in ([1], {"ckpt": 1}, saved | {"no_flag": 1}):
+        (out / "args.json").write_text(json.dumps(damaged))
+        assert_refused(cli(f"--resume --out {out}"), "args.json")
+    (out / "args.json").write_text(json.dumps(saved))
     jsonl.write_text(jsonl.read_text().replace("and", "or"))
-    code, output = start_cli("--resume", "--out", tmp_path / "run")
-    assert code == 2 and "--data" in output
-    assert start_cli("--resume", "--out", tmp_path / "none")[0] == 2
+    assert_refused(cli(f"--resume --out {out}"), "--data")
+    assert_refused(cli(f"--resume --out {tmp_path / 'none'}"), "--resume")
 
 
-def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_many(
-    monkeypatch, capsys, checkpoint, jsonl, tmp_path
-):
-    flags = (
-        "--ckpt",
-        checkpoint,
-        "--data",
-        jsonl,
-        "--device",
-        "cpu",
-        "--batch-size",
-        4,
-        "--steps",
-        30,
-        "--save-every",
-        5,
-        "--update-gap",
-        1,
-        "--active",
-        1,
-    )
+def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_many(monkeypatch, base, tmp_path):
     forward, calls = Transformer.forward, []
 
     def poisoned(self, tokens, targets=None, cache=None):
@@ -1507,435 +2154,110 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_many(
         return loss * math.nan if self.training and (sum(calls) in bad or sum(calls) > 20 and -1 in bad) else loss
 
     monkeypatch.setattr(Transformer, "forward", poisoned)
-    bad = {3, 7}
-    code, text, output = run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / "few")
-    # in each of the two steps the layer's seven matrices wanted a new basis, and kept the last
-    assert "14 new projections failed" in text
+    line = f"{base} --steps 30 --save-every 5 --update-gap 1 --active 1 --out"
+    bad = {1, 3, 7}
+    code, text, output = cli(f"{line} {tmp_path / 'few'}")
     rows = [r for r in read_metrics(tmp_path / "few") if "loss" in r]
-    assert code == 0 and rows[-1]["skipped"] == 2 and "2 steps skipped" in output
+    assert code == 0 and rows[-1]["skipped"] == 3 and "3 steps skipped" in output
     assert all(torch.isfinite(p).all() for p in load_model(tmp_path / "few/model").parameters())
     bad = {-1}
     calls.clear()
-    code, _, output = run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / "many")
+    code, _, output = cli(f"{line} {tmp_path / 'many'}")
     assert code == 2 and "10 steps in a row" in output
     assert (tmp_path / "many/model").resolve().parent.name == "step-0000020"
 
 
-def test_running_out_of_memory_says_what_would_help(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
+def test_running_out_of_memory_says_what_would_help(monkeypatch, base, tmp_path):
     def too_much(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(train, "accumulate_gradients", too_much)
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--out", tmp_path / "run")
-    code, _, output = run_cli(monkeypatch, capsys, train.main, *flags)
-    assert code == 2 and "--micro-batch-size 8 would save" in output
+    monkeypatch.setattr(train, "training_step", too_much)
+    code, _, output = cli(f"{base} --out {tmp_path / 'run'}")
+    assert code == 2 and "--micro-batch-size" in output and "Traceback" not in output
 
 
-def mutations(raw: bytes, count: int, seed: int) -> Iterator[bytes]:
-    """Cut, overwrite, repeat, insert: damaged copies of a file."""
-    random = np.random.default_rng(seed)
-    for _ in range(count):
-        damaged = bytearray(raw)
-        for _ in range(random.integers(1, 4)):
-            at = int(random.integers(0, max(1, len(damaged))))
-            kind = random.integers(0, 5)
-            if kind == 0:
-                del damaged[at:]
-            elif kind == 1:
-                damaged[at : at + 1] = bytes(random.integers(0, 256, 1, dtype=np.uint8))
-            elif kind == 2:
-                damaged[at:at] = damaged[at : at + int(random.integers(1, 40))]
-            elif kind == 3:
-                damaged[at:at] = random.choice(
-                    [b"9" * 30, b"-", b"null", b"[", b"\xff\xfe", b"1e999", b'"', b"../../x"]
-                )
-            else:
-                del damaged[at : at + int(random.integers(1, 20))]
-        yield bytes(damaged)
-
-
-@pytest.mark.parametrize(
-    "file", ["params.json", "config.json", "model.safetensors", "consolidated.00.pth", "tokenizer.model"]
-)
-def test_damaged_checkpoint_files_load_or_are_refused_in_one_line(file, checkpoint, capfd):
-    if file in ("config.json", "model.safetensors"):
-        to_hf(checkpoint)
-    raw = (checkpoint / file).read_bytes()
-    header = struct.unpack("<Q", raw[:8])[0] + 8 if file == "model.safetensors" else len(raw)
-    refused = 0
-    for head in mutations(raw[:header], 400, seed=0):
-        (checkpoint / file).write_bytes(head + raw[header:])
-        try:
-            load_tokenizer(checkpoint) if file == "tokenizer.model" else load_model(checkpoint)
-        except InputError as error:
-            assert "\n" not in str(error).strip()
-            refused += 1
-    assert refused > 100
-
-
-@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.txt"])
-def test_damaged_data_files_load_or_are_refused_in_one_line(name, jsonl, tmp_path):
-    rows = [json.loads(line) for line in jsonl.read_text().splitlines()][::7]
-    text = json.dumps(rows) if name == "data.json" else "\n".join(map(json.dumps, rows))
-    refused = 0
-    for damaged in mutations(text.encode(), 400, seed=1):
-        (tmp_path / name).write_bytes(damaged)
-        try:
-            assert load_records(tmp_path / name)
-        except InputError as error:
-            assert "\n" not in str(error).strip()
-            refused += 1
-    assert refused > (5 if name == "data.txt" else 100)
-
-
-def test_micro_batches_do_not_change_a_run(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
-    """SGD-like check of the loop's weighting: rows of different lengths, so a mean of means would differ."""
-    flags = (
-        "--ckpt",
-        checkpoint,
-        "--data",
-        jsonl,
-        "--device",
-        "cpu",
-        "--steps",
-        3,
-        "--batch-size",
-        8,
-        "--method",
-        "full",
-    )
-    losses = []
-    for size in (8, 3):
-        out = tmp_path / str(size)
-        assert run_cli(monkeypatch, capsys, train.main, *flags, "--out", out, "--micro-batch-size", size)[0] == 0
-        losses.append([(r["loss"], r["grad_norm"]) for r in read_metrics(out) if "loss" in r])
-    np.testing.assert_allclose(*losses, rtol=1e-3)  # Adam's first steps amplify fp32 noise in tiny gradients
-
-
-def test_choice_accuracy_counts_the_likeliest_completion():
-    model, tokenizer = build(vocab_size=300), Letters()
-    records = [parse_record({"prompt": f"p{n}", "choices": ["xy", "z", "uvw"], "answer": n % 3}) for n in range(12)]
-    right, by_length = 0, 0
-    for record in records:
-        scores = []
-        for choice in record.choices:
-            context, ids = tokenizer.encode(record.turns[0][0]), tokenizer.encode(record.turns[0][0] + choice)
-            logp = model(torch.tensor([ids]))[0].log_softmax(-1)
-            scores.append(sum(logp[i - 1, ids[i]].item() for i in range(len(context), len(ids))))
-        right += int(np.argmax(scores)) == record.answer
-        by_length += int(np.argmax(np.array(scores) / [2, 1, 3])) == record.answer
-    rows = [data.Record([(r.turns[0][0], choice)]) for r in records for choice in r.choices]
-    choices = build_dataset(rows, tokenizer, 50, eos=False)
-    assert 0 < right < 12
-    assert train.choice_accuracy(model, records, choices, 5, "cpu") == (right / 12, by_length / 12)
-
-
-def test_outlier_chart_command(monkeypatch, capsys, checkpoint, jsonl):
-    code, text, error = run_cli(
-        monkeypatch, capsys, owlore.main, "--ckpt", checkpoint, "--data", jsonl, "--device", "cpu"
-    )
-    lines = text.splitlines()
-    assert code == 0 and len(lines) == 6 and "Hill alpha" in lines[1], error
-    shares, p = (torch.tensor([float(line.split()[n]) for line in lines[2:5]]) for n in (1, 3))
-    linears = [
-        [m.weight for m in layer.modules() if isinstance(m, nn.Linear)] for layer in load_model(checkpoint).layers
-    ]
-    alphas = torch.tensor([np.mean([hill_alpha(weight) for weight in layer]) for layer in linears])
-    assert p.sum() == pytest.approx(1, abs=1e-3)
-    assert f"{owlore.rank_correlation(shares, alphas):+.2f}" in lines[5]
-    bars = [line.count("█") for line in lines[2:5]]
-    assert bars[int(p.argmax())] == max(bars) == 30
-    pytest.importorskip("matplotlib")
-    flags = ("--ckpt", checkpoint, "--data", jsonl, "--device", "cpu", "--plot", checkpoint / "layers.png")
-    assert run_cli(monkeypatch, capsys, owlore.main, *flags)[0] == 0
-    assert (checkpoint / "layers.png").read_bytes()[1:4] == b"PNG"
-
-
-def test_embedded_default_learns(monkeypatch, capsys, tmp_path):
-    flags = ("--out", tmp_path / "run", "--device", "cpu", "--steps", 90, "--eval-every", 90)  # half
-    assert run_cli(monkeypatch, capsys, train.main, *flags)[0] == 0
-    before, after = (r for r in read_metrics(tmp_path / "run") if "val_loss" in r)
-    assert after["val_loss"] < before["val_loss"] / 10
-    assert before["val_accuracy"] < 0.35 and after["val_accuracy"] > 0.45  # 120 questions with four answers each
-
-
-def test_embedded_default_repeats_bit_for_bit(monkeypatch, capsys, tmp_path):
-    (tmp_path / "val.json").write_text(json.dumps(json.loads((TINY / "val.json").read_text())[:8]))
-    for name in "ab":
-        flags = ("--out", tmp_path / name, "--val-data", tmp_path / "val.json", "--device", "cpu", "--steps", 9)
-        assert run_cli(monkeypatch, capsys, train.main, *flags, "--interval", 4)[0] == 0
-    a, b = (load_model(tmp_path / name / "model").state_dict() for name in "ab")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert read_metrics(tmp_path / "a")[-1]["val_loss"] == read_metrics(tmp_path / "b")[-1]["val_loss"]
-
-
-def test_bf16_weights_end_where_fp32_ones_do(monkeypatch, capsys, tmp_path):
-    """At this learning rate most updates are below bf16's resolution: rounding to nearest loses them, and 20 % of the loss."""
-    records = json.loads((TINY / "val.json").read_text())[:40]
-    (tmp_path / "val.json").write_text(json.dumps([{**record, "answer": ""} for record in records]))  # no accuracy
-
-    def final_loss(name: str, dtype: str) -> float:
-        flags = ("--ckpt", TINY, "--data", TINY / "train.json", "--val-data", tmp_path / "val.json", "--device", "cpu")
-        flags += ("--steps", 24, "--interval", 8, "--batch-size", 8, "--eval-every", 24, "--lr", 3e-4, "--dtype", dtype)
-        assert run_cli(monkeypatch, capsys, train.main, *flags, "--out", tmp_path / name)[0] == 0
-        return read_metrics(tmp_path / name)[-1]["val_loss"]
-
-    fp32, bf16 = final_loss("fp32", "fp32"), final_loss("bf16", "bf16")
-    monkeypatch.setattr(owlore, "stochastic_round", lambda x: x.to(torch.bfloat16))
-    nearest = final_loss("nearest", "bf16")
-    assert abs(bf16 / fp32 - 1) < 0.01 and abs(nearest / fp32 - 1) > 0.1
-
-
-def test_embedded_files_stay_small():
-    assert sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file()) < 8 * 2**20
+def test_long_records_are_cut_counted_and_reported(checkpoint, tmp_path):
+    rows = [{"prompt": "word " * 300, "completion": " end"}] * 3 + [{"prompt": "a", "completion": " b"}] * 30
+    file = tmp_path / "long.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    line = f"--ckpt {checkpoint} --data {file} --val-data {file} --steps 1 --seq-len 64 --out {tmp_path / 'run'}"
+    code, text, error = cli(line)
+    assert code == 0 and "3 of 33 records" in text and "--seq-len 64" in text, error
 
 
 # Bad input: one line on stderr that names the file or flag, exit code 2, and nothing touched
 
 
-class RunsCode:
-    def __reduce__(self):
-        return os.system, ("touch code-was-run",)
+def small_vocabulary(path: Path) -> None:
+    edit_json(path / "params.json", vocab_size=50)
+    names, state = ("tok_embeddings.weight", "output.weight"), torch.load(path / "consolidated.00.pth")
+    edit_tensors(path, **{name.replace(".", "__"): state[name][:50].clone() for name in names})
 
 
-def to_hf(path: Path) -> None:
-    model = load_model(path)
-    for name in ("params.json", "consolidated.00.pth"):
-        (path / name).unlink()
-    save_model(model, path, "hf")
-
-
-def edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_tensors(path: Path, change) -> None:
-    state = torch.load(path / "consolidated.00.pth")
-    change(state)
-    torch.save(state, path / "consolidated.00.pth")
-
-
-def edit_header(path: Path, change) -> None:
-    to_hf(path)
-    raw = (path / "model.safetensors").read_bytes()
-    size = struct.unpack("<Q", raw[:8])[0]
-    header = json.loads(raw[8 : 8 + size])
-    change(header)
-    head = json.dumps(header).encode()
-    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + raw[8 + size :])
-
-
-def truncate(path: Path, share: float) -> None:
-    raw = path.read_bytes()
-    path.write_bytes(raw[: int(len(raw) * share)])
-
-
-def cut_safetensors(path: Path, share: float) -> None:
-    to_hf(path)
-    truncate(path / "model.safetensors", share)
-
-
-def keep_half(path: Path) -> None:
-    """The first of two tensor-parallel shards, alone."""
-    columns = ("wo.weight", "w2.weight", "tok_embeddings.weight")
-    halves = lambda s: {n: t.chunk(2, int(n.endswith(columns)))[0].clone() for n, t in s.items() if "norm" not in n}  # noqa: E731
-    edit_tensors(path, lambda s: s.update(halves(s)))
-
-
-def gap_in_shards(path: Path) -> None:
-    (path / "consolidated.00.pth").rename(path / "consolidated.01.pth")
-
-
-def index_elsewhere(path: Path) -> None:
-    to_hf(path)
-    (path / "model.safetensors").rename(path.parent / "elsewhere.safetensors")
-    weight_map = {"lm_head.weight": "../elsewhere.safetensors"}
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-def shard_of_index_missing(path: Path) -> None:
-    to_hf(path)
-    (path / "model.safetensors").rename(path / "model-1-of-2.safetensors")
-    weight_map = {"lm_head.weight": "model-2-of-2.safetensors", "model.norm.weight": "model-1-of-2.safetensors"}
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-BAD_CHECKPOINTS = {
-    "empty": (lambda p: [f.unlink() for f in p.iterdir()], "params.json"),
+BAD_FOLDERS = {
     "without tokenizer": (lambda p: (p / "tokenizer.model").unlink(), "tokenizer.model"),
     "damaged tokenizer": (lambda p: truncate(p / "tokenizer.model", 0.5), "tokenizer"),
-    "without weights": (lambda p: (p / "consolidated.00.pth").unlink(), "consolidated"),
-    "first shard missing": (gap_in_shards, "consolidated.00.pth"),
-    "last shard missing": (keep_half, "shard"),
-    "shard of an index missing": (shard_of_index_missing, "model-2-of-2.safetensors"),
-    "index outside the folder": (index_elsewhere, "own folder"),
-    "truncated pth": (lambda p: truncate(p / "consolidated.00.pth", 0.7), "consolidated.00.pth"),
-    "pth that runs code": (lambda p: edit_tensors(p, lambda s: s.update(x=RunsCode())), "code"),
-    "not a state dict": (lambda p: torch.save([1, 2], p / "consolidated.00.pth"), "state dict"),
-    "truncated safetensors": (lambda p: cut_safetensors(p, 0.9), "model.safetensors"),
-    "safetensors header cut": (lambda p: cut_safetensors(p, 1e-3), "model.safetensors"),
-    "tampered offsets": (lambda p: edit_header(p, lambda h: h["lm_head.weight"].update(data_offsets=[0, 10**12])), "lm_head"),
-    "tampered shape": (lambda p: edit_header(p, lambda h: h["lm_head.weight"].update(shape=[1, 7])), "lm_head"),
-    "negative shape": (lambda p: edit_header(p, lambda h: h["lm_head.weight"].update(shape=[-1, -7])), "lm_head"),
-    "tensor of the wrong shape": (
-        lambda p: edit_tensors(p, lambda s: s.update({"layers.1.attention.wk.weight": torch.ones(3, 64)})),
-        "layers.1.attention.wk.weight",
-    ),
-    "tensor missing": (lambda p: edit_tensors(p, lambda s: s.pop("layers.1.ffn_norm.weight")), "layers.1.ffn_norm.weight"),
-    "bias": (lambda p: edit_tensors(p, lambda s: s.update({"layers.0.attention.wq.bias": torch.ones(64)})), "wq.bias"),
-    "quantized": (lambda p: edit_tensors(p, lambda s: s.update({"norm.weight": torch.ones(64).char()})), "norm.weight"),
-    "params malformed": (lambda p: (p / "params.json").write_text('{"dim":\n 64,,}'), "line 2"),
-    "params a list": (lambda p: (p / "params.json").write_text("[]"), "params.json"),
-    "params impossible": (lambda p: edit_json(p / "params.json", n_heads=7), "n_heads"),
-    "params negative": (lambda p: edit_json(p / "params.json", dim=-64), "dim"),
-    "params not a number": (lambda p: edit_json(p / "params.json", dim="wide"), "dim"),
-    "too many layers": (lambda p: edit_json(p / "params.json", n_layers=10**9), "layers"),
-    "unknown setting": (lambda p: edit_json(p / "params.json", moe={"num_experts": 8}), "moe"),
-    "other architecture": (lambda p: (to_hf(p), edit_json(p / "config.json", model_type="gpt2")), "gpt2"),
-    "other rope": (
-        lambda p: (to_hf(p), edit_json(p / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})),
-        "yarn",
-    ),
-    "attention bias": (lambda p: (to_hf(p), edit_json(p / "config.json", attention_bias=True)), "attention_bias"),
-    "another model's tokenizer": (lambda p: edit_vocabulary(p, 50), "tokenizer"),
-}  # fmt: skip
-
-
-def edit_vocabulary(path: Path, size: int) -> None:
-    edit_json(path / "params.json", vocab_size=size)
-    edit_tensors(path, lambda s: s.update({n: s[n][:size].clone() for n in ("tok_embeddings.weight", "output.weight")}))
-
-
-def assert_refused(result: tuple[int, str, str], names: str) -> None:
-    code, _, error = result
-    lines = [line for line in error.splitlines() if line.strip()]
-    assert code == 2 and len(lines) == 1, error
-    assert names in lines[0] and "Traceback" not in error
-
-
-def snapshot(folder: Path) -> dict:
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
-def test_bad_checkpoint_is_refused(case, monkeypatch, capsys, checkpoint, jsonl, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    damage, names = BAD_CHECKPOINTS[case]
-    damage(checkpoint)
-    before = snapshot(tmp_path)
-    result = run_cli(monkeypatch, capsys, train.main, "--ckpt", checkpoint, "--data", jsonl, "--out", tmp_path / "run")
-    assert_refused(result, names)
-    assert snapshot(tmp_path) == before and not (tmp_path / "code-was-run").exists()
-
-
-BAD_DATA = {
-    "empty.txt": (b"", "empty"),
-    "blank.json": (b" \n ", "empty"),
-    "latin.txt": ("Grüße".encode("latin-1") * 100, "UTF-8"),
-    "lines.jsonl": (b'{"text": "a"}\n{"text": "b"}\n{"text": oops}\n', "line 3"),
-    "list.json": (b'[\n{"text": "a"},\n{"text": "b"\n]', "line 4"),
-    "unknown.jsonl": (b'{"text": "a"}\n{"question": "b"}\n', "line 2"),
-    "numbers.json": (b"[1, 2]", "record 1"),
-    "types.json": (b'[{"text": "a"}, {"text": 3}]', "record 2"),
-    "none.json": (b"[]", "no records"),
-    "typed.json": (b'{"type": "images", "instances": []}', "type"),
-    "choices.jsonl": (b'{"prompt": "a", "choices": ["b", "c"], "answer": 7}\n', "answer"),
-    "chat.jsonl": (b'{"messages": [{"role": "user", "content": "hi"}]}\n', "assistant"),
-    "short.txt": (b"a", "short"),
-    "single.jsonl": (b'{"prompt": "a", "completion": "b"}\n', "one record"),
-    "deep.json": (b"[" * 100000, "line 1"),
-    "half.jsonl": (b'{"prompt": "a", "completion": "b"}\n{"text": "half a pair: \\ud800"}\n', "line 2"),
+    "another model's tokenizer": (small_vocabulary, "tokenizer"),
+    **{case: BAD_CHECKPOINTS[case] for case in ("empty", "truncated pth", "pth that runs code", "other architecture")},
 }
 
 
-@pytest.mark.parametrize("name", BAD_DATA)
-def test_bad_data_is_refused(name, monkeypatch, capsys, checkpoint, tmp_path):
-    content, names = BAD_DATA[name]
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_train_refuses_a_bad_checkpoint(case, base, monkeypatch, checkpoint, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    damage, names = BAD_FOLDERS[case]
+    damage(checkpoint)
+    before = snapshot(tmp_path)
+    assert_refused(cli(f"{base} --out {tmp_path / 'run'}"), names)
+    assert snapshot(tmp_path) == before and not (tmp_path / "code-was-run").exists()
+
+
+@pytest.mark.parametrize("name, content, names", [
+    ("empty.txt", b"", "empty"),
+    ("blank.json", b" \n ", "empty"),
+    ("latin.txt", "Grüße".encode("latin-1") * 100, "UTF-8"),
+    ("lines.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text": oops}\n', "line 3"),
+    ("list.json", b'[\n{"text": "a"},\n{"text": "b"\n]', "line 4"),
+    ("unknown.jsonl", b'{"text": "a"}\n{"question": "b"}\n', "line 2"),
+    ("numbers.json", b"[1, 2]", "record 1"),
+    ("types.json", b'[{"text": "a"}, {"text": 3}]', "record 2"),
+    ("none.json", b"[]", "no records"),
+    ("typed.json", b'{"type": "images", "instances": []}', "type"),
+    ("choices.jsonl", b'{"prompt": "a", "choices": ["b", "c"], "answer": 7}\n', "answer"),
+    ("chat.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}\n', "assistant"),
+    ("short.txt", b"a", "short"),
+    ("single.jsonl", b'{"prompt": "a", "completion": "b"}\n', "one record"),
+    ("deep.json", b"[" * 100000, "line 1"),
+    ("half.jsonl", b'{"prompt": "a", "completion": "b"}\n{"text": "half a pair: \\ud800"}\n', "line 2"),
+])  # fmt: skip
+def test_bad_data_is_refused(name, content, names, checkpoint, tmp_path):
     (tmp_path / name).write_bytes(content)
-    result = run_cli(
-        monkeypatch, capsys, train.main, "--ckpt", checkpoint, "--data", tmp_path / name, "--out", tmp_path / "run"
-    )
-    assert_refused(result, names)
+    assert_refused(cli(f"--ckpt {checkpoint} --data {tmp_path / name} --out {tmp_path / 'run'}"), names)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "flags, names",
-    [
-        (["--ckpt", "nowhere"], "nowhere"),
-        (["--data", "nothing.txt"], "nothing.txt"),
-        (["--active", "4"], "--active"),
-        (["--active", "0"], "--active"),
-        (["--method", "lisa", "--published"], "--published"),
-        (["--rank", "-1"], "--rank"),
-        (["--method", "lora", "--rank", "0"], "--rank"),
-        (["--rank", "many"], "--rank"),
-        (["--seq-len", "257"], "--seq-len"),
-        (["--device", "cuda:77"], "--device"),
-        (["--device", "abacus"], "--device"),
-        (["--method", "magic"], "--method"),
-        (["--method", "galore", "--active", "2"], "--active"),
-        (["--method", "full", "--interval", "2"], "--interval"),
-        (["--method", "full", "--compile"], "--compile"),
-        (["--lr", "nan"], "--lr"),
-        (["--batch-size", "0"], "--batch-size"),
-        (["--sped", "1"], "--sped"),
-    ],
-    ids=" ".join,
-)
-def test_bad_flags_are_refused(flags, names, monkeypatch, capsys, checkpoint, jsonl, tmp_path):
+@pytest.mark.parametrize("flags", [
+    "--ckpt nowhere", "--data nothing.txt", "--active 4", "--active 0", "--rank -1", "--rank 0 --method lora", "--rank many",
+    "--seq-len 257", "--device cuda:77", "--device abacus", "--method magic", "--active 2 --method galore",
+    "--interval 2 --method full", "--lora-alpha 2 --method owlore", "--lr nan", "--lr inf", "--lr 0", "--threshold -1",
+    "--batch-size 0", "--scale nan", "--weight-decay -1", "--sped 1",
+])  # fmt: skip
+def test_bad_flags_are_refused(flags, base, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    base = {"--ckpt": checkpoint, "--data": jsonl, "--out": tmp_path / "run"}
-    base |= dict(zip(flags[::2], flags[1::2])) if len(flags) % 2 == 0 else {}
-    argv = [word for pair in base.items() for word in pair] + (flags if len(flags) % 2 else [])
     before = snapshot(tmp_path)
-    assert_refused(run_cli(monkeypatch, capsys, train.main, *argv), names)
+    flag, value, *_ = flags.split()
+    assert_refused(cli(f"{base} --out {tmp_path / 'run'} {flags}"), value if flag in ("--ckpt", "--data") else flag)
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("main", [train.main, owlore.main, model_module.main], ids=lambda main: main.__module__)
-def test_help_is_shown(main, monkeypatch, capsys):
-    code, text, _ = run_cli(monkeypatch, capsys, main, "--help")
+@pytest.mark.parametrize("main", [train.main, train.show_layers, model_module.main], ids=["train", "owlore", "model"])
+def test_help_is_shown(main):
+    code, text, _ = cli("--help", main)
     assert code == 0 and "--ckpt" in text
 
 
-def test_an_existing_run_is_not_overwritten(monkeypatch, capsys, checkpoint, jsonl, tmp_path):
+def test_an_existing_run_is_not_overwritten(base, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    result = run_cli(monkeypatch, capsys, train.main, "--ckpt", checkpoint, "--data", jsonl, "--out", tmp_path / "run")
-    assert_refused(result, "--out")
+    assert_refused(cli(f"{base} --out {tmp_path / 'run'}"), "--out")
     assert snapshot(tmp_path / "run") == {tmp_path / "run" / "notes.txt": b"mine"}
-
-
-def test_saving_over_another_checkpoint_is_refused(checkpoint):
-    before = snapshot(checkpoint)
-    with pytest.raises(InputError, match="another checkpoint"):
-        save_model(load_model(checkpoint), checkpoint, "hf")
-    assert snapshot(checkpoint) == before
-
-
-def test_long_records_are_cut_counted_and_reported(monkeypatch, capsys, checkpoint, tmp_path):
-    rows = [{"prompt": "word " * 300, "completion": " end"}] * 3 + [{"prompt": "a", "completion": " b"}] * 30
-    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = (
-        "--ckpt",
-        checkpoint,
-        "--data",
-        tmp_path / "long.jsonl",
-        "--val-data",
-        tmp_path / "long.jsonl",
-        "--steps",
-        1,
-    )
-    code, text, error = run_cli(monkeypatch, capsys, train.main, *flags, "--seq-len", 64, "--out", tmp_path / "run")
-    assert code == 0 and "3 of 33 records" in text and "--seq-len 64" in text, error
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.sampled_from(["instruction", "input", "output", "answer", "prompt", "choices", "messages", "role", "content", "text", "completion"]), c)))  # fmt: skip
-def test_any_json_is_a_record_or_refused(value):
-    try:
-        record = parse_record(value)
-    except ValueError:
-        return
-    assert all(isinstance(text, str) for turn in record.turns for text in turn)

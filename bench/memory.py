@@ -1,6 +1,6 @@
 """Peak memory of a training step, for any model shape and method, without a GPU and without weights.
 
-The project's own model, sampler, optimizer and `train.accumulate_gradients` run on fake tensors (shapes without data, torch's
+The project's own model, sampler, optimizer and `train.training_step` run on fake tensors (shapes without data, torch's
 FakeTensorMode) while a dispatch mode follows which storages are alive: what is counted is every byte of every tensor.
 On a CUDA GPU the same step then runs for real, with random weights, and torch.cuda.max_memory_allocated stands beside
 the prediction.
@@ -17,7 +17,7 @@ import weakref
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from data import Parser, atomic_write, run_command  # noqa: E402
-from model import ModelConfig, Transformer, add_lora, checkpoint_layout, read_hf, read_meta  # noqa: E402
-from owlore import LayerSampler  # noqa: E402
+from data import atomic_write  # noqa: E402
+from model import ModelConfig, Transformer, add_lora, read_checkpoint  # noqa: E402
+from owlore import LayerSampler, ProjectedGradient  # noqa: E402
 
 MODELS = {
     "llama2-7b": ModelConfig(),
@@ -48,8 +48,15 @@ class LiveStorages(TorchDispatchMode):
         self.live, self.peak, self.known = 0, 0, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run the operation and count the storages it made."""
-        out = func(*args, **(kwargs or {}))
+        """Run the operation and count the storages it made. A tensor without data whose value is asked for is a 1."""
+        if ProjectedGradient in types:  # adding to one is many operations, each to be seen here
+            with self:
+                args[0].add_gradient(args[1])
+            return args[0]
+        try:
+            out = func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            return 1.0
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
                 self.count(tensor.untyped_storage())
@@ -73,7 +80,7 @@ class LiveStorages(TorchDispatchMode):
 def draw_layers(config: ModelConfig, args: argparse.Namespace) -> list[list[int]]:
     """The layers of DRAWS draws, uniform ones: random numbers are real, so they are drawn outside the fake tensors."""
     uniform = torch.ones(config.n_layers) / config.n_layers
-    sampler = LayerSampler([torch.nn.Identity()] * config.n_layers, uniform, args.active)
+    sampler = LayerSampler([torch.nn.Linear(1, 1)] * config.n_layers, uniform, args.active)
     return [sampler.resample() for _ in range(DRAWS)]
 
 
@@ -84,19 +91,20 @@ def run_steps(config: ModelConfig, args: argparse.Namespace, draws: list[list[in
     torch.set_default_dtype(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     with torch.device(device):
         model = Transformer(config)
-        tokens = torch.ones(args.batch_size, args.seq_len, dtype=torch.int64)
+        tokens = torch.ones(args.micro_batch_size, args.seq_len, dtype=torch.int64)
     torch.set_default_dtype(torch.float32)
     model.checkpoint_blocks = args.checkpoint_blocks
     if args.method == "lora":
         add_lora(model, args.rank, args.lora_alpha)
+    sampled = train.METHODS[args.method].sampling  # else all layers are trained, or none but lora's additions
+    sampler = LayerSampler(model.layers, torch.ones(config.n_layers), args.active) if sampled else None
     optimizer = train.build_optimizer(model, args)
-    sampler = LayerSampler(model.layers, torch.ones(config.n_layers), args.active)
-    for drawn in draws if train.METHODS[args.method].sampling else [None]:
-        if drawn is not None:  # all layers are trained, or none but lora's additions
+    micro_batches = args.batch_size // args.micro_batch_size
+    for drawn in draws if sampler else [None]:
+        if sampler:
             sampler.activate(drawn)
         for _ in range(2):
-            train.accumulate_gradients(model, optimizer, [(tokens, tokens, 1.0)], max_grad_norm=1.0)
-            optimizer.step()
+            train.training_step(model, optimizer, [(tokens, tokens, 1 / micro_batches)] * micro_batches, 1.0)
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
     return sum(parameter.nbytes for parameter in model.parameters()), state
 
@@ -117,11 +125,7 @@ def measure(config: ModelConfig, args: argparse.Namespace) -> dict[str, int | No
 
 def parse_shape(name: str) -> ModelConfig:
     """A known model's shape, or that of a checkpoint folder (its weights are not read)."""
-    if name in MODELS:
-        return MODELS[name]
-    path = Path(name)
-    params, _ = read_meta(path) if checkpoint_layout(path) == "meta" else read_hf(path)
-    return ModelConfig(**params)
+    return MODELS[name] if name in MODELS else read_checkpoint(name)[0]
 
 
 def describe(name: str, args: argparse.Namespace, result: dict) -> str:
@@ -147,42 +151,32 @@ TABLE = [  # model, method, embeddings, batch, length
 ]
 
 
-def settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
-    """The published recipe, where flags do not say otherwise."""
-    args = argparse.Namespace(**vars(args), update_gap=100, scale=1.0, published=True, lr=3e-4, weight_decay=0.0, svd="randomized",
-                              dtype="bf16", lora_alpha=None,
-                              checkpoint_blocks=True)  # fmt: skip
-    train.fit_to_size(args, config)
-    args.embeddings = args.embeddings or ("frozen" if args.method == "lora" else "full")
-    return args
+def settings(flags: list[str], config: ModelConfig) -> argparse.Namespace:
+    """train.py's settings, blocks recomputed in bf16."""
+    args = train.flag_parser().parse_args(["--data", "-", "--out", "-", "--dtype", "bf16", *flags])
+    args.checkpoint_blocks = True
+    return train.decide_settings(args, config)
 
 
 def main() -> None:
     """Print one configuration's memory, or write the whole table."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default="llama2-7b", help=f"{', '.join(MODELS)} or a checkpoint folder (default: %(default)s)"
-    )
-    parser.add_argument("--batch-size", type=int, default=1, help="rows at once (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=1024, help="default: %(default)s")
-    parser.add_argument("--method", choices=train.METHODS, default="owlore", help="default: %(default)s")
-    parser.add_argument("--embeddings", choices=("full", "projected", "frozen"), help="default: as train.py's")
-    parser.add_argument("--active", type=int, help="default: as train.py's")
-    parser.add_argument("--rank", type=int, help="default: as train.py's")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS,
+        epilog="All flags of train.py are understood too, --micro-batch-size and --method for example.",
+    )  # fmt: skip
+    parser.add_argument("--model", default="llama2-7b", help=f"{', '.join(MODELS)} or a checkpoint folder (default: %(default)s)")  # fmt: skip
     parser.add_argument("--table", action="store_true", help="write bench/results/memory.md")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
     print(HEADER, flush=True)
     if not args.table:
         config = parse_shape(args.model)
-        args = settings(args, config)
-        print(describe(args.model, args, measure(config, args)))
+        run = settings(["--batch-size", "1", "--seq-len", "1024", *flags], config)
+        print(describe(args.model, run, measure(config, run)))
         return
     lines = []
     for name, method, embeddings, batch, length in TABLE:
-        row = argparse.Namespace(
-            method=method, embeddings=embeddings, batch_size=batch, seq_len=length, active=None, rank=None
-        )
-        row = settings(row, MODELS[name])
+        flags = ["--method", method, "--batch-size", str(batch), "--seq-len", str(length)]
+        row = settings(flags + (["--embeddings", embeddings] if embeddings else []), MODELS[name])
         lines.append(describe(name, row, measure(MODELS[name], row)))
         print(lines[-1], flush=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: nothing was measured on one"
@@ -203,4 +197,4 @@ For comparison: the paper (arXiv 2405.18380) reports 21 GB for OwLore on LLaMA-2
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

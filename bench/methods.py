@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import datetime
 import io
-import itertools
 import json
 import math
 import os
@@ -26,11 +25,9 @@ import re
 import shlex
 import sys
 import tempfile
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -43,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from memory import measure, parse_shape  # noqa: E402
 
 import train  # noqa: E402
-from data import InputError, Parser, atomic_write, load_tokenizer, run_command  # noqa: E402
+from data import InputError, atomic_write  # noqa: E402
 from owlore import ProjectedAdam, sampling_probabilities  # noqa: E402
 
 CACHE, RESULTS = ROOT / "runs" / "methods-cache.jsonl", ROOT / "bench" / "results"
@@ -51,19 +48,27 @@ MIB = 2**20
 
 # What a run may do otherwise than train.py
 
-refresh = ProjectedAdam._refresh
 
-
-def keep(self: ProjectedAdam, state: dict, G: Tensor, group: dict) -> None:
+class KeepMoments(ProjectedAdam):
     """As in the published code: the moments stay, though the first one's coordinates are those of the basis before."""
-    refresh(self, state, G, group | {"rotate": False})
+
+    def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor | None:
+        before = self.state[p].get("exp_avg")
+        R = super()._project(group, p, G)
+        if before is not None and "exp_avg" in self.state[p]:
+            self.state[p]["exp_avg"] = before
+        return R
 
 
-def reset(self: ProjectedAdam, state: dict, G: Tensor, group: dict) -> None:
+class ResetMoments(ProjectedAdam):
     """Both moments begin anew, and with them the steps that Adam's bias correction counts."""
-    refresh(self, state, G, group)
-    for key in ("exp_avg", "exp_avg_sq", "step"):
-        state.pop(key, None)
+
+    def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor | None:
+        due = self._basis_is_due(group, p)
+        R = super()._project(group, p, G)
+        for key in ("exp_avg", "exp_avg_sq", "step") if due else ():
+            self.state[p].pop(key, None)
+        return R
 
 
 FLOOR = 0.5  # of the uniform probability: no layer's falls below
@@ -76,20 +81,12 @@ def floored(outliers: Tensor, mode: str) -> Tensor:
 
 CHANGES = {
     "": contextlib.nullcontext(),
-    "keep": patch.object(ProjectedAdam, "_refresh", keep),
-    "reset": patch.object(ProjectedAdam, "_refresh", reset),
+    "keep": patch.object(train, "ProjectedAdam", KeepMoments),
+    "reset": patch.object(train, "ProjectedAdam", ResetMoments),
     "floor": patch.object(train, "sampling_probabilities", floored),
 }
 
 # Runs
-
-
-class TimedMetrics(train.Metrics):
-    """metrics.jsonl with the time at which each object was logged, in seconds."""
-
-    def log(self, **values) -> None:
-        """Append one object."""
-        super().log(**values, at=time.perf_counter())
 
 
 def checksum(args: argparse.Namespace) -> int:
@@ -133,9 +130,7 @@ def command_line(args: argparse.Namespace, flags: dict) -> list[str]:
 def fill(args: argparse.Namespace, flags: dict) -> argparse.Namespace:
     """All flags of a run, train.py's defaults among them."""
     filled = train.flag_parser().parse_args(command_line(args, {**flags, "out": "-"}))
-    train.fill_defaults(filled)
-    train.fit_to_model(filled, SimpleNamespace(config=args.config), args.tokenizer)
-    return filled
+    return train.decide_settings(filled, args.config)
 
 
 def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
@@ -147,24 +142,23 @@ def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
             out = stack.enter_context(tempfile.TemporaryDirectory())
             argv = ["train.py", *command_line(args, {**flags, "out": out})]
             stack.enter_context(patch.object(sys, "argv", argv))
-            stack.enter_context(patch.object(train, "Metrics", TimedMetrics))
             stack.enter_context(CHANGES[change])
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            errors = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             diverged = False
             try:
                 train.main()
-            except InputError as error:
-                if "not finite" not in str(error):
-                    raise
+            except SystemExit:
+                message = errors.getvalue().splitlines()[-1]
+                if "not finite" not in message:
+                    raise InputError(message) from None
                 diverged = True
             rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
         before, after = rows[0], rows[-1]
         return {
             "loss": [before["val_loss"], math.inf if diverged or math.isnan(after["val_loss"]) else after["val_loss"]],
             "accuracy": [before.get("val_accuracy"), after.get("val_accuracy")],
-            # A step is logged when it ends, and begins when what came before it was logged.
-            "seconds": sum(b["at"] - a["at"] for a, b in itertools.pairwise(rows) if "loss" in b),
+            "seconds": sum(row["seconds"] for row in rows if "loss" in row),
         }
 
     result = cached({"flags": vars(fill(args, flags)), "change": change, "files": args.files}, compute)
@@ -265,10 +259,10 @@ def compare(args: argparse.Namespace, rows: list[Row], name: str) -> str:
 
 
 def published(args: argparse.Namespace) -> dict:
-    """OwLore's published recipe at the checkpoint's size, whatever train.py's defaults are."""
+    """OwLore's published recipe at the checkpoint's size, whatever train.py's defaults are. It keeps the moments."""
     active, rank = math.ceil(args.config.n_layers * 5 / 32), max(1, args.config.dim // 16)
     return {"method": "owlore", "sampling": "outlier", "active": active, "interval": 50, "rank": rank,
-            "update_gap": 100, "embeddings": "full", "published": True}  # fmt: skip
+            "update_gap": 100, "embeddings": "full"}  # fmt: skip
 
 
 def methods(args: argparse.Namespace) -> str:
@@ -282,8 +276,8 @@ def methods(args: argparse.Namespace) -> str:
     fitting = [n for n in numbers if peaks[n] <= limit]
     if fitting:
         flags["owlore, lisa's memory"] = {"method": "owlore", "active": max(fitting, key=peaks.get)}
-    flags["owlore, published recipe"] = published(args)
     rows = [search(args, name, row) for name, row in flags.items()]
+    rows.append(search(args, "owlore, published recipe", published(args), "keep"))
     listed = ", ".join(f"{n}: {peak / MIB:.2f}" for n, peak in peaks.items())
     return f"""train.py's defaults, but for what a row names. LISA's peak is {limit / MIB:.2f} MiB; OwLore's, by active
 layers: {listed}{"" if fitting else " (none of them within LISA's)"}.
@@ -328,10 +322,10 @@ def recipe(args: argparse.Namespace) -> str:
     base, L = published(args), args.config.n_layers
     changes = {"interval": (3, 10, 25), "active": (min(2 * base["active"], L), L), "rank": (4 * base["rank"], 0),
                "update_gap": (10,), "embeddings": ("projected", "frozen")}  # fmt: skip
-    rows = [search(args, "published", base)]
+    rows = [search(args, "published", base, "keep")]
     for flag, values in changes.items():
-        rows += [search(args, f"{flag} {value}", base | {flag: value}) for value in dict.fromkeys(values)]
-    listed = ", ".join(f"{flag} {value}" for flag, value in base.items() if flag not in ("method", "published"))
+        rows += [search(args, f"{flag} {value}", base | {flag: value}, "keep") for value in dict.fromkeys(values)]
+    listed = ", ".join(f"{flag} {value}" for flag, value in base.items() if flag != "method")
     return f"""OwLore's published recipe ({listed}),
 and with one setting of it changed at a time; rank 0 is no projection.
 
@@ -344,7 +338,7 @@ def layers(args: argparse.Namespace) -> str:
 
     def cell(active: int, rank: int) -> Row:
         name = f"active {active}, {f'rank {rank}' if rank else 'no projection'}"
-        return search(args, name, base | {"active": active, "rank": rank})
+        return search(args, name, base | {"active": active, "rank": rank}, "keep")
 
     reference = cell(base["active"], base["rank"])
     budget = reference.values("seconds").mean().item()
@@ -353,7 +347,7 @@ def layers(args: argparse.Namespace) -> str:
         for active in sorted({*(2**n for n in range(L.bit_length()) if 2**n < L), base["active"], L}):
             row = cell(active, rank)
             steps = max(1, round(args.steps * budget / row.values("seconds").mean().item()))
-            again = row._replace(runs=run_seeds(args, row.flags | {"steps": steps}))
+            again = row._replace(runs=run_seeds(args, row.flags | {"steps": steps}, "keep"))
             then = {"steps in equal time": str(steps), "loss then": spread(again.values("loss"))}
             rows, timed, lines = [*rows, row], [*timed, again], [*lines, cells(args, row, reference) | then]
 
@@ -444,25 +438,35 @@ def write_section(args: argparse.Namespace, study: str, text: str) -> None:
 
 
 def main() -> None:
-    """Run the studies, and write each one's section as soon as it is finished."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Read the command line, and run the studies."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+    )
     add = parser.add_argument
     add("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
     add("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
     add("--data", required=True, help="training data: .txt, .json or .jsonl")
     add("--val-data", help="validation data (default: a part of --data, held out as train.py does)")
-    add("--steps", type=int, default=90, help="optimizer steps of a run (default: %(default)s)")
-    add("--batch-size", type=int, default=16, help="rows in a step (default: %(default)s)")
-    add("--seq-len", type=int, default=256, help="tokens in a row (default: %(default)s)")
-    add("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
-    add("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="the grid at first (default: %(default)s)")
+    add("--steps", type=train.at_least(1), default=90, help="optimizer steps of a run (default: %(default)s)")
+    add("--batch-size", type=train.at_least(1), default=16, help="rows in a step (default: %(default)s)")
+    add("--seq-len", type=train.at_least(1), default=256, help="tokens in a row (default: %(default)s)")
+    add("--seeds", type=train.at_least(2), default=3, help="runs of each row (default: %(default)s)")
+    add(
+        "--lrs",
+        type=train.at_least(1e-12, float),
+        nargs="+",
+        default=[1e-3, 3e-3, 1e-2],
+        help="the grid at first (default: %(default)s)",
+    )
     args = parser.parse_args()
-    for flag, least in (("steps", 1), ("batch_size", 1), ("seq_len", 1), ("seeds", 2)):
-        if getattr(args, flag) < least:
-            raise InputError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(args, flag)}")
-    if len(set(args.lrs)) < max(2, len(args.lrs)) or not all(0 < lr < math.inf for lr in args.lrs):
-        raise InputError("--lrs: give at least two, all different and above 0")
-    args.config, args.tokenizer = parse_shape(args.ckpt), load_tokenizer(args.ckpt)
+    train.command(parser, lambda: run_studies(args))
+
+
+def run_studies(args: argparse.Namespace) -> None:
+    """Run the studies, and write each one's section as soon as it is finished."""
+    if len(set(args.lrs)) < max(2, len(args.lrs)):
+        raise InputError("--lrs: give at least two, all different")
+    args.config = parse_shape(args.ckpt)
     args.name, args.files = Path(args.ckpt).resolve().name, checksum(args)
     RESULTS.mkdir(exist_ok=True)
     for study in args.studies:
@@ -470,4 +474,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -40,19 +40,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from data import (  # noqa: E402
-    InputError,
-    Parser,
-    Record,
-    atomic_write,
-    build_dataset,
-    load_records,
-    load_tokenizer,
-    run_command,
-    split_records,
-)  # fmt: skip
+from data import InputError, Record, atomic_write, build_dataset, load_records, load_tokenizer, split_records  # noqa: E402
 from model import Transformer, load_model  # noqa: E402
-from owlore import default_threshold, outlier_distribution  # noqa: E402
+from owlore import default_threshold, find_linears, outlier_distribution  # noqa: E402
 
 HELD_OUT = 0.1  # share of --data that perplexity is measured on; calibration needs but a few rows of the rest
 
@@ -66,15 +56,10 @@ def load_texts(path: str) -> list[Record]:
     return [Record([("", text)]) for text in re.split(r"\n\s*\n", records[0].turns[0][1]) if text.strip()]
 
 
-def layer_linears(layer: nn.Module) -> list[nn.Linear]:
-    """The linears of a layer: q, k, v, o, gate, up, down."""
-    return [module for module in layer.modules() if isinstance(module, nn.Linear)]
-
-
 @torch.no_grad()
 def feature_norms(model: Transformer, batches: Sequence[Tensor]) -> dict[nn.Linear, Tensor]:
     """||X_j||_2, fp32 [in_features], of each linear in the layers. batches: tokens, int [B, T], without padding."""
-    squares = {linear: torch.zeros(linear.in_features) for layer in model.layers for linear in layer_linears(layer)}
+    squares = {linear: torch.zeros(linear.in_features) for layer in model.layers for linear in find_linears(layer)}
 
     def add_squares(linear: nn.Linear, inputs: tuple) -> None:
         squares[linear] += inputs[0].flatten(0, -2).square().sum(0)  # [tokens, in_features] -> [in_features]
@@ -97,7 +82,7 @@ def layer_ratios(outliers: Tensor, sparsity: float, lam: float) -> Tensor:
 def prune(model: Transformer, dense: dict[nn.Linear, Tensor], norms: dict[nn.Linear, Tensor], ratios: Tensor) -> None:
     """Wanda: every linear gets its dense weights, [out, in], the layer's share of them, ratios [L], set to 0."""
     for layer, ratio in zip(model.layers, ratios.tolist()):
-        for linear in layer_linears(layer):
+        for linear in find_linears(layer):
             W = dense[linear]
             # A share of a short row is no whole number of weights: rows differ by one, so that the matrix has it.
             counts = (torch.arange(len(W) + 1, dtype=torch.float64) * ratio * W.shape[1]).round().diff()  # [out]
@@ -106,6 +91,7 @@ def prune(model: Transformer, dense: dict[nn.Linear, Tensor], norms: dict[nn.Lin
             linear.weight.copy_(W.masked_fill(rank < counts[:, None], 0))
 
 
+@torch.no_grad()
 def measure(args: argparse.Namespace) -> tuple[float, Tensor, Tensor]:
     """Perplexity of the dense model; perplexities of the pruned ones, [seeds, sparsities, 3] for uniform, OWL, reversed;
     and D, [seeds, L]."""
@@ -128,7 +114,7 @@ def measure(args: argparse.Namespace) -> tuple[float, Tensor, Tensor]:
         rows = data.sample(args.rows, seed)
         outliers = outlier_distribution(model, model.layers, rows, args.threshold)
         calibrations.append((outliers, feature_norms(model, rows)))
-    dense = {linear: linear.weight.detach().clone() for layer in model.layers for linear in layer_linears(layer)}
+    dense = {linear: linear.weight.detach().clone() for layer in model.layers for linear in find_linears(layer)}
     dense_perplexity = math.exp(train.validation_loss(model, val, 16, "cpu"))
     perplexities = torch.zeros(len(args.seeds), len(args.sparsity), 3)
     bar = tqdm(total=perplexities.numel(), desc="pruning", leave=False, disable=None)
@@ -201,23 +187,31 @@ def write_section(out: Path, section: str) -> None:
 
 
 def main() -> None:
-    """Prune at every sparsity with every seed's calibration rows; print the tables."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Read the command line, and prune at every sparsity with every seed's calibration rows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+    )
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
     add("--data", required=True, help="calibration text: .txt, .json or .jsonl")
     add("--val-data", help=f"held-out text (default: {HELD_OUT:g} of --data, held out)")
     add("--sparsity", type=float, nargs="+", default=[0.3, 0.5, 0.6, 0.7], help="S (default: %(default)s)")
     add("--lam", type=float, default=0.08, help="lambda, the farthest a layer is from S (default: %(default)s)")
-    add("--threshold", type=float, help="of outliers (default: 13 at 4096 dimensions, less for smaller models)")
-    add("--seq-len", type=int, help="tokens in a row (default: 512, or the context if shorter)")
-    add("--rows", type=int, default=128, help="calibration rows (default: %(default)s, as Wanda's)")
+    add(
+        "--threshold",
+        type=train.at_least(1e-12, float),
+        help="of outliers (default: 13 at 4096 dimensions, less for smaller models)",
+    )
+    add("--seq-len", type=train.at_least(1), help="tokens in a row (default: 512, or the context if shorter)")
+    add("--rows", type=train.at_least(1), default=128, help="calibration rows (default: %(default)s, as Wanda's)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the calibration rows (default: %(default)s)")
     add("--out", type=Path, help="results file, where this checkpoint's section is replaced (default: only print)")
     args = parser.parse_args()
-    for flag in ("threshold", "seq_len", "rows"):
-        if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
-            raise InputError(f"--{flag.replace('_', '-')} must be above 0, not {getattr(args, flag)}")
+    train.command(parser, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print the section and write it."""
     for sparsity in args.sparsity:
         if not 0 <= sparsity - args.lam <= sparsity + args.lam <= 1:
             raise InputError(f"--lam {args.lam:g}: negative, or takes --sparsity {sparsity:g} out of 0 to 1")
@@ -230,4 +224,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -4,7 +4,7 @@
                their ratio, the share of the machine's matmul rate that is reached, and what a draw of new layers costs
     refresh    projection_basis, randomized beside the exact SVD: its time, and the energy that it captures; and two ways
                to make it faster that it does not use, a warm start and batches
-    tokenise   100 MB of text: the time and memory of the first run, and the time of the next
+    tokenise   100 MB of text: time and memory
     growth     tokens per second and peak memory over width, depth, length and rank, and what they are spent on
 
 The peer is `LlamaForCausalLM` with gradient checkpointing, its layers sampled by toggling `requires_grad`, and
@@ -23,13 +23,11 @@ import datetime
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -39,26 +37,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from memory import GIB, MODELS, ROOT, LiveStorages, parse_shape  # noqa: E402  (it makes the project importable)
+from memory import GIB, MODELS, ROOT, LiveStorages, parse_shape, settings  # noqa: E402  (makes the project importable)
 
 import train  # noqa: E402
-from data import (  # noqa: E402
-    TINY,
-    InputError,
-    Parser,
-    Record,
-    atomic_write,
-    build_dataset,
-    load_dataset,
-    load_records,
-    load_tokenizer,
-    run_command,
-)
+from data import TINY, InputError, Record, atomic_write, build_dataset, load_records, load_tokenizer  # noqa: E402
 from model import ModelConfig, Transformer, hf_config, load_model, permute_rotary, to_hf_name  # noqa: E402
-from owlore import LayerSampler, ProjectedAdam, orthonormal, projection_basis  # noqa: E402
+from owlore import LayerSampler, ProjectedAdam, projection_basis  # noqa: E402
 
 SHAPES = MODELS | {"small": ModelConfig(dim=512, n_layers=8, n_heads=8, vocab_size=4096, multiple_of=32)}
-RECIPE = dict(method="owlore", embeddings="full", update_gap=100, scale=1, svd="randomized", lr=3e-4, weight_decay=0)
 INTERVAL = 50  # the recipe's steps between two draws
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # of a loss: bf16 has 8 bits, and the two round differently
 
@@ -123,10 +109,9 @@ def build_ours(config: ModelConfig, args: argparse.Namespace) -> tuple[Transform
         model = Transformer(config)
     torch.set_default_dtype(torch.float32)
     model.checkpoint_blocks = not args.keep_activations
-    if args.compile:
-        model.compile_frozen_blocks()
-    optimizer = train.build_optimizer(model, args)
+    flags = ["--active", str(args.active), "--rank", str(args.rank), "--device", args.device]
     sampler = LayerSampler(model.layers, torch.ones(config.n_layers), args.active, args.seed)
+    optimizer = train.build_optimizer(model, settings(flags, config))
     sampler.resample()
     return model, optimizer, sampler
 
@@ -152,9 +137,9 @@ def build_peer(model: Transformer, args: argparse.Namespace) -> tuple[nn.Module,
     LayerSampler(peer.model.layers, torch.ones(model.config.n_layers), args.active, args.seed).resample()
     projected = [w for w in peer.model.layers.parameters() if w.dim() == 2]
     plain = [w for name, w in peer.named_parameters() if ".layers." not in name or w.dim() == 1]
-    low_rank = dict(rank=args.rank, update_proj_gap=args.update_gap, scale=args.scale, proj_type="std")
+    low_rank = dict(rank=args.rank, update_proj_gap=100, scale=1.0, proj_type="std")
     groups = [{"params": plain}, {"params": projected, **low_rank}]
-    return peer, GaLoreAdamW(groups, lr=args.lr, no_deprecation_warning=True)
+    return peer, GaLoreAdamW(groups, lr=3e-4, no_deprecation_warning=True)
 
 
 def steps(args: argparse.Namespace) -> list[str]:
@@ -167,8 +152,7 @@ def steps(args: argparse.Namespace) -> list[str]:
     targets[:, -1] = -100  # the peer shifts its labels itself, and the last token has none
 
     def ours() -> None:
-        train.accumulate_gradients(model, optimizer, [(tokens, targets, 1.0)], max_grad_norm=1.0)
-        optimizer.step()
+        train.training_step(model, optimizer, [(tokens, targets, 1.0)], max_grad_norm=1.0)
 
     def peer_gradients() -> None:
         peer_optimizer.zero_grad()
@@ -216,7 +200,7 @@ def steps(args: argparse.Namespace) -> list[str]:
     return [
         f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, {args.batch_size} x "
         f"{args.seq_len} tokens, {str(args.dtype)[6:]}, {len(drawn)} of {config.n_layers} layers active, rank "
-        f"{args.rank}, blocks recomputed {recompute}{', frozen ones here compiled' * args.compile}, {args.rounds} rounds of {args.steps} steps. Square matmuls reach "
+        f"{args.rank}, blocks recomputed {recompute}, {args.rounds} rounds of {args.steps} steps. Square matmuls reach "
         f"{rate / 1e12:.3g} TFLOP/s. Loss of the first batch: {losses[0]:.5f} and {losses[1]:.5f}.",
         "",
         f"**Ratio of the median tokens per second: {step[1] / step[0]:.2f}**; in a round "
@@ -301,7 +285,7 @@ def refresh(args: argparse.Namespace) -> list[str]:
 
 def warm_basis(G: Tensor, P: Tensor) -> Tensor:
     """One subspace iteration from the basis before, on the right: an orthonormal basis of G^T G P."""
-    return orthonormal(G.T @ (G @ P))
+    return torch.linalg.qr(G.T @ (G @ P)).Q
 
 
 def warm_start(args: argparse.Namespace) -> list[str]:
@@ -356,19 +340,17 @@ def batched(args: argparse.Namespace) -> list[str]:
 
 
 def tokenise(args: argparse.Namespace) -> list[str]:
-    """A long text through `load_dataset`, twice: the second time it is on disk."""
+    """A long text."""
     sample = load_records(TINY / "text.txt")[0].turns[0][1]
     text = (sample * (args.megabytes * 10**6 // len(sample.encode()) + 1))[: args.megabytes * 10**6]
     records, tokenizer = [Record([("", text)], plain=True)], load_tokenizer(args.model)
-    before = train.peak_memory("cpu")
-    with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, XDG_CACHE_HOME=cache):
-        datasets = []
-        times = [seconds(lambda: datasets.append(load_dataset(records, tokenizer, args.seq_len)), "cpu") for _ in "12"]
+    before, datasets = train.peak_memory("cpu"), []
+    time = seconds(lambda: datasets.append(build_dataset(records, tokenizer, args.seq_len)), "cpu")
     return [
         f"{args.megabytes} MB of plain text (that of tiny/, over and over) by the tokenizer of {args.model} "
-        f"({tokenizer.vocab_size:,} tokens): {len(datasets[0].ids):,} tokens in {times[0]:.1f} s, "
-        f"{args.megabytes / times[0]:.1f} MB/s, on {os.cpu_count()} cores. Beside the text and what was there before, memory "
-        f"rose by {(train.peak_memory('cpu') - before) / 2**20:,.0f} MiB. The next run has them from disk in {times[1]:.2f} s."
+        f"({tokenizer.vocab_size:,} tokens): {len(datasets[0].ids):,} tokens in {time:.1f} s, "
+        f"{args.megabytes / time:.1f} MB/s, on one of {os.cpu_count()} cores. Beside the text and what was there before, "
+        f"memory rose by {(train.peak_memory('cpu') - before) / 2**20:,.0f} MiB."
     ]
 
 
@@ -390,7 +372,8 @@ def growth(args: argparse.Namespace) -> list[str]:
             model, optimizer, sampler = build_ours(config, run)
 
             def gradients() -> None:
-                train.accumulate_gradients(model, optimizer, [(tokens, tokens, 1.0)], max_grad_norm=1.0)
+                optimizer.zero_grad()
+                model(tokens, tokens).backward()
 
             for _ in range(2):  # draws, two steps each: the second has the moments that the first one made
                 sampler.resample()
@@ -442,8 +425,11 @@ def machine(device: str) -> str:
 
 
 def main() -> None:
-    """Measure, print the table and write it."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Read the command line, and measure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+    )
+    positive = train.at_least(1)
     add = parser.add_argument
     add("what", choices=("steps", "refresh", "tokenise", "growth"))
     add(
@@ -451,24 +437,25 @@ def main() -> None:
         default="small",
         help=f"for steps: {', '.join(SHAPES)} or a checkpoint (default: %(default)s); for tokenise a checkpoint or tokenizer",
     )
-    add("--batch-size", type=int, default=4, help="default: %(default)s")
-    add("--seq-len", type=int, default=256, help="for steps and tokenise (default: %(default)s)")
-    add("--megabytes", type=int, default=100, help="for tokenise (default: %(default)s)")
-    add("--active", type=int, help="for steps: layers trained at a time (default: 5 of every 32)")
-    add("--rank", type=int, help="default: dim / 16; for refresh 256")
+    add("--batch-size", type=positive, default=4, help="default: %(default)s")
+    add("--seq-len", type=positive, default=256, help="for steps and tokenise (default: %(default)s)")
+    add("--megabytes", type=positive, default=100, help="for tokenise (default: %(default)s)")
+    add("--active", type=positive, help="for steps: layers trained at a time (default: 5 of every 32)")
+    add("--rank", type=positive, help="default: dim / 16; for refresh 256")
     add("--shape", type=int, nargs=2, default=(4096, 11008), help="for refresh (default: 4096 11008)")
     add("--keep-activations", action="store_true", help="recompute no blocks here, as train.py where memory allows it")
-    add("--compile", action="store_true", help="compile this project's frozen blocks, as train.py --compile does")
-    add("--rounds", type=int, default=5, help="times that everything is measured (default: %(default)s)")
-    add("--steps", type=int, default=3, help="for steps: of either side in a round (default: %(default)s)")
+    add("--rounds", type=positive, default=5, help="times that everything is measured (default: %(default)s)")
+    add("--steps", type=positive, default=3, help="for steps: of either side in a round (default: %(default)s)")
     add("--dtype", choices=("bf16", "fp32"), help="default: bf16 on cuda, fp32 elsewhere")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--out", help="file for the table (default: bench/results/speed-WHAT-DEVICE.md)")
-    args = argparse.Namespace(**RECIPE, **vars(parser.parse_args()))
-    for flag in ("batch_size", "seq_len", "active", "rank", "rounds", "steps", "megabytes"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
+    args = parser.parse_args()
+    train.command(parser, lambda: measure(args))
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure, print the table and write it."""
     cuda = args.device.startswith("cuda")
     args.dtype = torch.bfloat16 if args.dtype == "bf16" or (args.dtype is None and cuda) else torch.float32
     if args.what == "tokenise":
@@ -489,4 +476,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()
