@@ -448,7 +448,8 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     size = torch.linalg.vector_norm(G, torch.inf, dtype=torch.float32).item()  # of the largest entry
     if not math.isfinite(size):
         raise torch.linalg.LinAlgError("the gradient is not finite")
-    if svd == "exact" or k >= n:
+    # A small one is quick to do exactly, and then the last directions do not hang on the rounding errors of G.
+    if svd == "exact" or n <= max(k, 256):
         return torch.linalg.svd(G.float(), full_matrices=False).Vh[:rank].T.contiguous()
 
     def gram(X: Tensor) -> Tensor:

@@ -1349,15 +1349,15 @@ GRADIENTS = {
 @pytest.mark.parametrize("tf32", [False, True])
 def test_randomized_basis_is_orthonormal_and_captures_what_the_exact_one_does(kind, tf32):
     torch.manual_seed(0)
-    G = GRADIENTS[kind](300, 200)
+    G = GRADIENTS[kind](400, 300)
     for gradient in (G, G.T.contiguous(), G.bfloat16()):
         with TF32() if tf32 else contextlib.nullcontext():
             P = projection_basis(gradient, 8)
-        assert P.shape == (200, 8) and P.dtype == torch.float32
+        assert P.shape == (300, 8) and P.dtype == torch.float32
         torch.testing.assert_close(P.T @ P, torch.eye(8), rtol=0, atol=1e-5)
-        tall = (gradient if gradient.shape[0] == 300 else gradient.T).double()
+        tall = (gradient if gradient.shape[0] == 400 else gradient.T).double()
         best = torch.linalg.svdvals(tall)[:8].square().sum()
-        # fp32 products of 300 terms; TF32 has 2^-11 a product, whose square is lost of the energy, times a few
+        # fp32 products of 400 terms; TF32 has 2^-11 a product, whose square is lost of the energy, times a few
         assert (tall @ P.double()).square().sum() >= (1 - (1e-4 if tf32 else 1e-5)) * best
 
 
