@@ -43,49 +43,51 @@ def outlier_distribution(
     model: run once on each of the calibration batches, in eval mode, as `model(batch)`, or `model(**batch)` if the batch
     is a dict. layers: its blocks, whose nn.Linear are scored. threshold: how many times the mean an outlier is; by
     default what suits their width (`default_threshold`). Returns fp32 [L] on the CPU, fractions in [0, 1]. Warns if there
-    are no outliers at all. Raises ValueError if there are no batches, or a layer has no linear or a quantized one.
+    are no outliers at all. Raises ValueError for a layer without a linear that runs, or whose scores cannot be computed.
     """
     linears = [find_linears(layer) for layer in layers]
-    if not linears or not all(linears):
-        raise ValueError("outlier_distribution needs layers that each hold at least one nn.Linear")
-    squares = {linear: torch.zeros(linear.in_features, device=linear.weight.device) for linear in sum(linears, [])}
-    if not all(linear.weight.is_floating_point() for linear in squares):
+    if not all(linear.weight.is_floating_point() for linear in sum(linears, [])):
         raise ValueError("outlier_distribution needs float weights, not quantized ones")
-    threshold = default_threshold(linears[0][0].in_features) if threshold is None else threshold
+    width = linears[0][0].in_features if linears and linears[0] else 0
+    threshold = default_threshold(width) if threshold is None else threshold
+    squares: dict[nn.Linear, Tensor] = {}  # ||X_j||_2^2, fp32 [in_features]
 
     def add_squares(linear: nn.Linear, args: tuple, kwargs: dict) -> None:
-        X = (args or tuple(kwargs.values()))[0].flatten(0, -2)  # [tokens, in_features]
-        squares[linear] += torch.linalg.vector_norm(X, dim=0, dtype=torch.float32).square()
+        X = (args or tuple(kwargs.values()))[0].reshape(-1, linear.in_features)  # [tokens, in_features]
+        squares[linear] = squares.get(linear, 0) + X.float().square().sum(0)
 
     was_training = {module: module.training for module in model.modules()}
-    hooks = [linear.register_forward_pre_hook(add_squares, with_kwargs=True) for linear in squares]
-    count = 0
+    hooks = [linear.register_forward_pre_hook(add_squares, with_kwargs=True) for linear in sum(linears, [])]
     try:
         model.eval()
-        for count, batch in enumerate(batches, 1):  # noqa: B007 (count is read below)
+        for batch in batches:
             model(**batch) if isinstance(batch, Mapping) else model(batch)
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in was_training.items():
             module.training = mode
-    if count == 0:
-        raise ValueError("outlier_distribution needs at least one calibration batch")
 
     def scores(linear: nn.Linear) -> Tensor:
         return linear.weight.abs().float() * squares[linear].sqrt()  # A_ij = |W_ij| ||X_j||_2, [out, in]
 
     D = []
-    for layer in linears:
+    for n, layer in enumerate(linears):
+        layer = [linear for linear in layer if linear in squares]  # those that took part in the forward pass
+        if not layer:
+            raise ValueError(f"no nn.Linear of layer {n} has run: give batches, and a model that is not compiled")
         # The scores of a whole layer would not fit beside a 7B, so they are computed twice, one matrix at a time.
         size = sum(linear.weight.numel() for linear in layer)
         mean = sum(scores(linear).sum(dtype=torch.float64) for linear in layer) / size
+        if not mean.isfinite():
+            raise ValueError(f"layer {n} has weights or inputs that are not finite: it has no scores")
         outliers = sum((scores(linear) > threshold * mean).sum() for linear in layer)
         D.append((outliers / size).float().cpu())  # D_l = #{A_ij > threshold mean(A)} / #{A_ij}
     if not any(D):
-        width = linears[0][0].in_features
-        warnings.warn(f"no layer has a weight {threshold:g} times above the mean: use a smaller threshold, "
-                      f"{default_threshold(width):.2g} suits a width of {width}", stacklevel=3)  # fmt: skip
+        suits = f"{default_threshold(width):.2g} suits a width of {width}"
+        warnings.warn(
+            f"no weight is {threshold:g} times its layer's mean: use a smaller threshold, {suits}", stacklevel=3
+        )
     return torch.stack(D)
 
 
@@ -151,8 +153,8 @@ def sampling_probabilities(outliers: Tensor, mode: str = "outlier") -> Tensor:
 class LayerSampler:
     """Draws the layers to train next, `active` of them without replacement, and freezes the others.
 
-    layers: the model's blocks. probabilities: [L]. What does not require a gradient now, because the user froze it,
-    never will: only the other parameters take turns. A layer of probability 0 is drawn only if fewer than `active` have
+    layers: the model's blocks. probabilities: [L]. Parameters that are frozen when the sampler is made stay so: only the
+    others take turns. Wrap a model in DistributedDataParallel before the first draw: it leaves out what is frozen. A layer of probability 0 is drawn only if fewer than `active` have
     a positive one; the places left are then filled uniformly. Raises ValueError if `active` is not between 1 and L, if
     there are not L probabilities, or if a layer is frozen altogether.
     """
@@ -161,8 +163,12 @@ class LayerSampler:
         self.layers, self.active = layers, active
         self.probabilities = torch.as_tensor(probabilities).double().cpu()
         self.trainable = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
-        if self.probabilities.shape != (len(layers),):
-            raise ValueError(f"{len(layers)} layers need as many probabilities, not {list(self.probabilities.shape)}")
+        if (
+            self.probabilities.shape != (len(layers),)
+            or not (0 <= self.probabilities).all()
+            or self.probabilities.isinf().any()
+        ):
+            raise ValueError(f"{len(layers)} layers need as many probabilities, none of them negative")
         if not 1 <= active <= len(layers):
             raise ValueError(f"active must be between 1 and the {len(layers)} layers there are, not {active}")
         if not all(self.trainable):
@@ -180,10 +186,10 @@ class LayerSampler:
     def activate(self, drawn: list[int]) -> None:
         """Freeze all layers but these. A frozen layer keeps no gradient."""
         self.drawn = drawn
-        for index, parameters in enumerate(self.trainable):
-            for p in parameters:
-                p.requires_grad_(index in drawn)
-                p.grad = p.grad if index in drawn else None
+        active = {p for index in drawn for p in self.trainable[index]}  # layers may share weights
+        for p in sum(self.trainable, []):
+            p.requires_grad_(p in active)
+            p.grad = p.grad if p in active else None
 
     def state_dict(self) -> dict:
         """What it takes to draw the same layers again from here."""
@@ -233,35 +239,41 @@ class ProjectedAdam(torch.optim.Optimizer):
     ):
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"lr {lr}, betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range")
-        if svd not in ("randomized", "exact"):
-            raise ValueError(f"svd {svd!r} is not randomized or exact")
         self.in_backward = in_backward
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, svd=svd)
-        super().__init__(params, defaults | dict(rank=None, update_gap=100, scale=1.0))
+        super().__init__(params, defaults | dict(rank=None, update_gap=100, scale=1.0, steps=0))
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group; with a `rank`, its matrices are projected."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["rank"] is None:
-            return
-        if group["rank"] < 1 or group["update_gap"] < 1:
-            raise ValueError(f"rank {group['rank']} and update_gap {group['update_gap']} must be at least 1")
+        projected, problem = group["rank"] is not None, None
+        if projected and (group["rank"] < 1 or group["update_gap"] < 1):
+            problem = f"rank {group['rank']} and update_gap {group['update_gap']} must be at least 1"
+        elif group["svd"] not in ("randomized", "exact"):
+            problem = f"svd {group['svd']!r} is not randomized or exact"
         for p in group["params"]:
-            if p.dim() != 2:
-                raise ValueError(f"only matrices can be projected, not a parameter of shape {list(p.shape)}")
-            if self.in_backward:
-                project_in_backward(p, self)
+            if projected and p.dim() != 2:
+                problem = f"only matrices can be projected, not a parameter of shape {list(p.shape)}"
+            elif p.is_complex():
+                problem = "complex parameters are not supported: give their real and imaginary parts"
+        if problem:
+            self.param_groups.pop()
+            raise ValueError(problem)
+        for p in group["params"] if projected and self.in_backward else ():
+            project_in_backward(p, self)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
         """Update every parameter that has a gradient. closure: recomputes the loss, which is returned."""
         loss = torch.enable_grad()(closure)() if closure is not None else None
         self._drop_frozen()
-        for index, (group, p) in enumerate(self._with_gradient()):
+        for group in self.param_groups:
+            group["steps"] += 1
+        for index, group, p in self._with_gradient():
             state = self.state[p]
             # All processes of a distributed run must round alike, whatever else they draw at random.
-            random = torch.Generator(p.device).manual_seed(hash((state.get("step", 0), index)) % 2**32)
+            random = torch.Generator(p.device).manual_seed(hash((group["steps"], index)) % 2**32)
             if group["rank"] is None:
                 if "basis" in state:  # the group was edited: begin anew
                     state.clear()
@@ -270,7 +282,7 @@ class ProjectedAdam(torch.optim.Optimizer):
                     write_back(p_rows, adam(*rows, t, group), group, random)
                 continue
             R = self._low_rank(group, p)
-            if R is None:  # no basis could be had: this matrix waits for the next step
+            if R.dim() == 0:  # no basis could be had: this matrix waits for the next step
                 continue
             N, P = adam(R, *moments(state, R), group), state["basis"]
             left, right = (group["scale"] * N, P.T) if is_tall(p) else (P, group["scale"] * N)
@@ -278,19 +290,23 @@ class ProjectedAdam(torch.optim.Optimizer):
                 write_back(p_rows, rows @ right, group, random)
         return loss
 
-    def _low_rank(self, group: dict, p: Tensor) -> Tensor | None:
-        """R of p's gradient: [m, rank] or [rank, n]; None if its basis is due and could not be had."""
+    def _low_rank(self, group: dict, p: Tensor) -> Tensor:
+        """R of p's gradient, [m, rank] or [rank, n]; a scalar if its basis is due and could not be had."""
         mine = isinstance(p.grad, ProjectedGradient) and p.grad.optimizer() is self
         return p.grad.low_rank() if mine else self._project(group, p, p.grad)
 
-    def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor | None:
-        """R = G P, after renewing P if it is due. None if that failed: G is not finite, or its SVD did not converge."""
+    def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor:
+        """R = G P, after renewing P if it is due. If that cannot be done because G is zero or not finite, or its SVD does not
+        converge, then a scalar: 0, inf or nan."""
         state = self.state[p]
         if self._basis_is_due(group, p):
+            size = torch.linalg.vector_norm(G, torch.inf).float()  # the largest entry
+            if not 0 < size < math.inf:
+                return size
             try:
                 P = projection_basis(G, group["rank"], group["svd"])
             except torch.linalg.LinAlgError:
-                return None
+                return size * math.nan
             if state.get("basis", P[:0]).shape != P.shape:  # the first one, or of another rank: begin anew
                 state.clear()
             elif "exp_avg" in state:  # puts the first moment into the coordinates of the new basis
@@ -309,8 +325,14 @@ class ProjectedAdam(torch.optim.Optimizer):
             or state.get("step", 0) % group["update_gap"] == 0
         )
 
-    def _with_gradient(self) -> Iterator[tuple[dict, Tensor]]:
-        return ((group, p) for group in self.param_groups for p in group["params"] if p.grad is not None)
+    def _with_gradient(self) -> Iterator[tuple[int, dict, Tensor]]:
+        """Number, group and parameter of all that have a gradient."""
+        parameters = ((group, p) for group in self.param_groups for p in group["params"])
+        for index, (group, p) in enumerate(parameters):
+            if p.grad is not None and p.numel():
+                if not isinstance(p.grad, ProjectedGradient) and p.grad.is_sparse:
+                    raise RuntimeError("sparse gradients are not supported: use nn.Embedding(sparse=False)")
+                yield index, group, p
 
     def _drop_frozen(self) -> None:
         for group in self.param_groups:
@@ -328,17 +350,18 @@ class ProjectedAdam(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale all gradients, R of those projected in the backward pass, to a joint 2-norm of at most max_norm.
 
-        Returns the norm before, fp32, without waiting for the device; nan if a basis was due and could not be had."""
+        Returns the norm before, fp32, without waiting for the device. It is not finite if a gradient is not, and then all
+        of them become nan, as by torch.nn.utils.clip_grad_norm_."""
         gradients = [
             self._low_rank(group, p) if isinstance(p.grad, ProjectedGradient) else p.grad
-            for group, p in self._with_gradient()
+            for _, group, p in self._with_gradient()
         ]
-        if any(g is None for g in gradients):
-            return torch.tensor(math.nan)
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-        norm = torch.stack(norms).norm() if norms else torch.tensor(0.0)
+        if not gradients:
+            return torch.tensor(0.0)
+        norms = [torch.linalg.vector_norm(g).float().to(gradients[0].device) for g in gradients]
+        norm = torch.stack(norms).norm()
         for g in gradients:
-            g.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+            g.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(g.device))
         return norm
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -348,6 +371,8 @@ class ProjectedAdam(torch.optim.Optimizer):
             if (here["rank"] is None) != (there.get("rank") is None):
                 ranks = f"rank {there.get('rank')} into a group of rank {here['rank']}"
                 raise ValueError(f"cannot load the state of a group of {ranks}: make the groups as they were")
+            if there.get("amsgrad") or there.get("maximize"):
+                raise ValueError("cannot load the state of an AdamW with amsgrad or maximize")
         # torch's own would cast fp32 moments to the dtype of bf16 weights: it only gets the groups.
         super().load_state_dict({**state_dict, "state": {}})
         for group in self.param_groups:
@@ -356,7 +381,9 @@ class ProjectedAdam(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, state in state_dict["state"].items():
             p = parameters[index]
-            self.state[p] = {k: int(v) if k == "step" else v.to(p.device, copy=True) for k, v in state.items()}
+            self.state[p] = {
+                k: int(v) if k == "step" else v.to(p.device, torch.float32, copy=True) for k, v in state.items()
+            }
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"in_backward": self.in_backward, "micro_batches": self.micro_batches}
@@ -445,7 +472,7 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     G = gradient if is_tall(gradient) else gradient.T  # [larger, n]: P spans its rows
     n, width = G.shape[1], max(8, rank // 4)
     k = KRYLOV_BLOCKS * width
-    size = torch.linalg.vector_norm(G, torch.inf, dtype=torch.float32).item()  # of the largest entry
+    size = torch.linalg.vector_norm(G, torch.inf).item()  # the largest entry
     if not math.isfinite(size):
         raise torch.linalg.LinAlgError("the gradient is not finite")
     # A small one is quick to do exactly, and then the last directions do not hang on the rounding errors of G.
@@ -498,6 +525,7 @@ class ProjectedGradient(Tensor):
         self.p, self.optimizer = weakref.ref(p), weakref.ref(optimizer)
         self.R, self.G, self.passes = None, None, 0  # G: the sum over the passes so far, while the basis is due
 
+    @torch.no_grad()
     def add_gradient(self, G: Tensor | None = None, R: Tensor | None = None) -> None:
         """Add what a backward pass gave: G, or R if that was computed already."""
         optimizer, p = self.optimizer(), self.p()
@@ -505,10 +533,13 @@ class ProjectedGradient(Tensor):
         if optimizer is None or self.passes > optimizer.micro_batches:
             raise RuntimeError(
                 f"{self.passes} backward passes without step and zero_grad: with in_backward=True set "
-                "optimizer.micro_batches to how many make a step, and let no other optimizer train these parameters"
+                "optimizer.micro_batches to how many make a step, let no other optimizer train these parameters, and do "
+                "not take_factors of a module that runs twice"
             )
         group = group_of(p, optimizer)
         if R is None and optimizer._basis_is_due(group, p):
+            if self.R is not None:
+                raise RuntimeError("clip_grad_norm_ or step came before the last of the optimizer's micro_batches")
             self.G = G if self.G is None else self.G.to(p.device) + G
             if self.passes < optimizer.micro_batches:
                 self.G = self.G.cpu()
@@ -518,8 +549,9 @@ class ProjectedGradient(Tensor):
             R = project(G, optimizer.state[p]["basis"]) if R is None else R.float()
             self.R = R if self.R is None else self.R.add_(R)
 
-    def low_rank(self) -> Tensor | None:
-        """R of the whole step; None if its basis was due and could not be had."""
+    @torch.no_grad()
+    def low_rank(self) -> Tensor:
+        """R of the whole step, or a scalar, as `ProjectedAdam._project`."""
         if self.G is not None:
             optimizer, p = self.optimizer(), self.p()
             G, self.G = self.G.to(p.device), None
@@ -534,7 +566,8 @@ class ProjectedGradient(Tensor):
             return args[0]
         raise RuntimeError(
             "this gradient was projected in the backward pass, by ProjectedAdam(in_backward=True): clip it by "
-            "optimizer.clip_grad_norm_(max_norm) and step with that optimizer only, or set in_backward=False"
+            "optimizer.clip_grad_norm_(max_norm), step with that optimizer only, call its zero_grad() before moving the "
+            "model, or set in_backward=False (as transformers' Trainer, which always clips, needs)"
         )
 
     __torch_function__ = __torch_dispatch__  # the same from Python
@@ -600,8 +633,12 @@ class WeightGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
         (x,) = ctx.saved_tensors
-        dY, X = grad.flatten(0, -2), x.flatten(0, -2)  # [tokens, m], [tokens, n]
-        projected = project_factors(ctx.module, ctx.weight, dY, X)
+        dY, X = (t.reshape(-1, t.shape[-1]).to(grad.dtype) for t in (grad, x))  # [tokens, m], [tokens, n]
+        try:  # whether backward() adds to p.grad, as torch.autograd.grad and backward(inputs=...) do not
+            adds = torch._C._will_engine_execute_node(ctx.next_functions[2][0])
+        except RuntimeError:  # torch.autograd.grad with respect to W itself
+            adds = False
+        projected = adds and project_factors(ctx.module, ctx.weight, dY, X)
         return grad, None, None if projected else dY.T @ X, None
 
 

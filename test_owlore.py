@@ -1057,9 +1057,13 @@ def test_outlier_distribution_needs_batches_and_float_linears():
     linear = nn.Linear(2, 2)
     quantized = nn.Linear(2, 2)
     quantized.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.uint8), requires_grad=False)
-    for layers, batches, match in (([linear], [], "batch"), ([nn.ReLU()], [torch.ones(1, 2)], "Linear"), ([quantized], [torch.ones(1, 2)], "quantized")):  # fmt: skip
+    unused, x = nn.MultiheadAttention(2, 1).out_proj, torch.ones(1, 2)
+    cases = [([linear], [], "batches"), ([nn.ReLU()], [x], "Linear"), ([quantized], [x], "quantized")]
+    for layers, batches, match in [*cases, ([linear], [x / 0], "not finite")]:
         with pytest.raises(ValueError, match=match):
             outlier_distribution(nn.Sequential(*layers), layers, batches)
+    with pytest.raises(ValueError, match="layer 1"):  # one that does not run has no scores
+        outlier_distribution(linear, [linear, unused], [x])
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (30, 60), (61, 20)])
@@ -1171,6 +1175,13 @@ def test_the_sampler_leaves_alone_what_the_user_froze():
         LayerSampler(layers, torch.ones(3), active=3)
 
 
+def test_layers_that_share_a_weight_are_trained_if_one_is_drawn():
+    layers = blocks(2)
+    layers[1].weight = layers[0].weight
+    sampler = LayerSampler(layers, torch.tensor([1.0, 0.0]), active=1)
+    assert sampler.resample() == [0] and layers[1].weight.requires_grad and not layers[1].bias.requires_grad
+
+
 def test_sampler_state_continues_the_same_draws():
     a, b = LayerSampler(blocks(9), torch.ones(9), 3, seed=1), LayerSampler(blocks(9), torch.ones(9), 3, seed=2)
     a.resample()
@@ -1180,10 +1191,12 @@ def test_sampler_state_continues_the_same_draws():
     assert [a.resample() for _ in range(20)] == [b.resample() for _ in range(20)]
 
 
-@pytest.mark.parametrize("active, probabilities", [(0, 3), (4, 3), (2, 4)])
+@pytest.mark.parametrize(
+    "active, probabilities", [(0, [1] * 3), (4, [1] * 3), (2, [1] * 4), (2, [1, -1, 1]), (2, [1, math.nan, 1])]
+)
 def test_sampler_refuses_what_cannot_be_drawn(active, probabilities):
     with pytest.raises(ValueError, match="active|probabilities"):
-        LayerSampler(blocks(3), torch.ones(probabilities), active)
+        LayerSampler(blocks(3), torch.tensor(probabilities), active)
 
 
 # owlore.py: projected Adam, as an ordinary optimizer
@@ -1280,7 +1293,7 @@ def test_one_bad_gradient_does_not_cost_the_basis(bad, in_backward):
                 (p * (bad * G if poisoned else (n + 1) * G.roll(n))).sum().backward()
                 if poisoned:
                     before = p.detach().clone()
-                    assert not in_backward or optimizer.clip_grad_norm_(1.0).isnan()
+                    assert not in_backward or not optimizer.clip_grad_norm_(1.0).isfinite()
                 optimizer.step()
                 assert not poisoned or torch.equal(p, before)
     assert torch.equal(W, clean) and W.isfinite().all() and not torch.equal(W, torch.ones(30, 20))
@@ -1447,6 +1460,7 @@ def test_optimizer_refuses_what_it_cannot_do():
         ({"params": [W], "rank": 2, "update_gap": 0}, {}),
         ({"params": [W]}, {"svd": "fast"}),
         ({"params": [W]}, {"betas": (1.0, 0.9)}),
+        ({"params": [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))]}, {}),
     ):
         with pytest.raises(ValueError):
             ProjectedAdam([group], lr=0.1, **options)
@@ -1726,6 +1740,52 @@ def test_a_trainer_run_resumes_with_the_same_draws(tmp_path):
     assert all(map(torch.equal, weights_of(straight), weights_of(resumed)))
 
 
+def test_float64_and_autocast_and_sparse_gradients():
+    net, optimizer = small_net(dtype=torch.float64)
+    loss_of(net).backward()
+    optimizer.clip_grad_norm_(1e9)
+    optimizer.step()
+    assert_close([p.float() for p in weights_of(net)], train_net(*small_net(), steps=1))
+    linear, x = owlore.Linear(6, 9), X
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear(x).square().sum()
+    loss.backward()
+    expected = 2 * (x @ linear.weight.T).T @ x
+    assert linear.weight.grad.dtype == torch.float32
+    assert (linear.weight.grad - expected).norm() < 2**-7 * expected.norm()  # bf16 rounds each of two products to 2^-8
+    embedding = nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        ProjectedAdam(embedding.parameters(), lr=0.1).step()
+
+
+def test_rounding_does_not_repeat_itself_when_a_layer_is_drawn_again():
+    """Frozen layers lose their state, and with it the number of their steps; the noise must be new all the same."""
+    p = nn.Parameter(torch.ones(50, 100, dtype=torch.bfloat16))
+    optimizer = ProjectedAdam([p], lr=1e-5)
+    for step in range(500):
+        if step % 10 == 0:
+            p.requires_grad_(False)
+            optimizer.zero_grad()
+            p.requires_grad_(True)
+        p.grad = -torch.ones_like(p)
+        optimizer.step()
+    moved = p.detach().float() - 1
+    # 500 independent chances of 1e-5 / 2^-7 to move up by 2^-7: a mean of 5e-3, a binomial's standard deviation
+    assert moved.mean().item() == pytest.approx(5e-3, rel=0.1)
+    assert moved.std().item() == pytest.approx(2**-7 * math.sqrt(500 * 1e-5 / 2**-7), rel=0.1)
+
+
+def test_a_basis_is_not_made_of_a_zero_gradient():
+    p, G = nn.Parameter(torch.randn(64, 64)), torch.randn(64, 4) @ torch.randn(4, 64)
+    optimizer = ProjectedAdam([{"params": [p], "rank": 4}], lr=0.01)
+    for gradient in (torch.zeros_like(G), G):
+        p.grad = gradient
+        optimizer.step()
+    P = optimizer.state[p]["basis"]
+    torch.testing.assert_close((G @ P).norm(), G.norm())
+
+
 # owlore.py: projecting in the backward pass
 
 
@@ -1766,6 +1826,12 @@ def test_more_backward_passes_than_announced_are_refused():
     with pytest.raises(RuntimeError, match="micro_batches"):
         loss_of(net).backward()
     net, optimizer = small_net(in_backward=True)
+    optimizer.micro_batches = 2  # the second pass would be left out of the basis
+    loss_of(net).backward()
+    optimizer.clip_grad_norm_(1.0)
+    with pytest.raises(RuntimeError, match="before the last"):
+        loss_of(net).backward()
+    net, optimizer = small_net(in_backward=True)
     optimizer.micro_batches = 5  # fewer are fine, as at an epoch's end
     loss_of(net).backward()
     optimizer.step()
@@ -1790,6 +1856,23 @@ def test_factors_are_projected_as_the_gradient_is(shape):
             optimizer.step()
         torch.testing.assert_close(ours.weight, plain.weight, rtol=1e-4, atol=1e-5)
     assert [n for n, G in enumerate(made) if G] == [0, 4, 8]  # for new bases; between them there was no gradient
+
+
+def test_gradients_that_nobody_adds_to_the_parameter_are_left_alone():
+    linear, x = owlore.Linear(8, 6), torch.randn(5, 8, requires_grad=True)
+    optimizer = ProjectedAdam([{"params": linear.parameters(), "rank": 2}], lr=0.1, in_backward=True)
+    owlore.take_factors(linear, optimizer)
+    linear(x).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    for wanted in (x, linear.weight):
+        (ours,) = torch.autograd.grad(linear(x).square().sum(), wanted)
+        (plain,) = torch.autograd.grad(F.linear(x, linear.weight).square().sum(), wanted)
+        torch.testing.assert_close(ours, plain)
+    linear(x).square().sum().backward(inputs=[x])
+    assert linear.weight.grad is None
+    linear(x).square().sum().backward()
+    assert isinstance(linear.weight.grad, owlore.ProjectedGradient)
 
 
 def test_owlore_alone_trains_a_plain_sequential(tmp_path):
