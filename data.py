@@ -7,13 +7,14 @@ rows of seq_len + 1 tokens, with loss on all of them. The rows lie in one flat a
 prompt is, is stored as its bitwise complement ~id, which is negative: one array holds the tokens and the loss mask.
 """
 
+import argparse
 import base64
 import contextlib
 import json
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -337,9 +338,12 @@ def read_text(path: Path) -> str:
     return content
 
 
-def read_json(path: Path) -> object:
-    """The value in a JSON file. Raises InputError, with the line, if it is malformed."""
-    return parse_json(read_text(path), path, 1)
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises InputError, with the line, if it is malformed or something else."""
+    value = parse_json(read_text(path), path, 1)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object; fetch it again")
+    return value
 
 
 def parse_json(text: str, path: Path, line: int) -> object:
@@ -395,3 +399,14 @@ def hf_tokenizer_config(tokenizer: Tokenizer) -> dict:
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.model.unk_id()}
     names = {key: tokenizer.model.id_to_piece(id) for key, id in ids.items() if id >= 0}
     return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False} | names
+
+
+def command(parser: argparse.ArgumentParser, body: Callable[[], None]) -> None:
+    """Run a command. What a user can mend ends it with one line and exit code 2."""
+    try:
+        body()
+    except InputError as error:
+        parser.error(" ".join(str(error).split()))
+    except torch.OutOfMemoryError:
+        parser.error("out of memory: a smaller --micro-batch-size, --seq-len, --active or --rank, or --embeddings projected "
+                     "or frozen, needs less")  # fmt: skip

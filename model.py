@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import InputError, atomic_write, load_tokenizer, read_json
+from data import InputError, Tokenizer, atomic_write, command, load_tokenizer, read_json
 from owlore import Linear
 
 
@@ -79,7 +79,7 @@ class ModelConfig:
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
     def family_context(self) -> int:
-        """Context length in tokens, which `params.json` leaves out: told from what sets the families apart."""
+        """Context length in tokens, which `params.json` leaves out: guessed from what differs between the families."""
         if self.use_scaled_rope:
             return 131072  # LLaMA-3.1, 3.2
         if self.rope_theta >= 1e6:
@@ -259,7 +259,7 @@ class Transformer(nn.Module):
         hidden = self.hidden(tokens, cache)
         if targets is None:
             return self.output(hidden)
-        # A Function is told that a parameter needs a gradient under no_grad too.
+        # Under no_grad, too, a Function believes that a parameter needs a gradient, and would compute it.
         head = self.output.weight if torch.is_grad_enabled() else self.output.weight.detach()
         return ChunkedCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten())
 
@@ -470,18 +470,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def read_object(path: Path) -> dict:
-    """A JSON file that must hold an object."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object; fetch it again")
-    return value
-
-
 def read_hf_config(file: Path) -> dict:
     """The fields of ModelConfig that a `config.json` gives; what it leaves out is as in transformers' LlamaConfig.
     Raises InputError for other models than LLaMA's and Mistral's."""
-    config = read_object(file)
+    config = read_json(file)
     # transformers 4 spells these at the top level, transformers 5 inside rope_parameters
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else type(rope).__name__
@@ -515,7 +507,7 @@ def weight_files(path: Path, layout: str) -> list[Path]:
         names = [f"{file}{end}" for file in ("model.safetensors", "pytorch_model.bin") for end in (".index.json", "")]
         files = [path / name for name in names if (path / name).is_file()][:1]
         if files and files[0].suffix == ".json":
-            weight_map = read_object(files[0]).get("weight_map")
+            weight_map = read_json(files[0]).get("weight_map")
             parts = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {""}
             if not all(re.fullmatch(r"\w[\w.-]*", part) for part in parts):
                 raise InputError(f"{files[0]}: its weight_map names what is not a file of its own folder; refused")
@@ -543,7 +535,7 @@ def read_checkpoint(path: str | Path) -> tuple[ModelConfig, dict[str, list[Tenso
     path = Path(path)
     layout = checkpoint_layout(path)
     file = path / ("params.json" if layout == "meta" else "config.json")
-    params = read_object(file) if layout == "meta" else read_hf_config(file)
+    params = read_json(file) if layout == "meta" else read_hf_config(file)
     pieces: dict[str, list[Tensor]] = {}
     for part in weight_files(path, layout):
         if not part.is_file():
@@ -617,6 +609,15 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
     if config.tie_word_embeddings:
         model.output.weight = model.tok_embeddings.weight
     return model
+
+
+def load(path: str | Path, args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a checkpoint folder, on args.device and in args.dtype, None being the device's own."""
+    tokenizer, dtype = load_tokenizer(path), args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    model = load_model(path, args.device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(f"{path}: {tokenizer.vocab_size} tokens in tokenizer, {model.config.vocab_size} in model")
+    return model, tokenizer
 
 
 # Writing checkpoints
@@ -720,22 +721,19 @@ def main() -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on cuda, fp32 elsewhere")
     add("--seed", type=int, default=0, help="default: %(default)s")
-    args = parser.parse_args()
+    command(parser, lambda: print_continuation(parser.parse_args()))
+
+
+def print_continuation(args: argparse.Namespace) -> None:
+    """Print the prompt and stream what the model says next."""
     if not (args.max_new_tokens >= 1 and args.temperature >= 0 and 0 < args.top_p <= 1):
-        parser.error("--max-new-tokens must be at least 1, --temperature at least 0, --top-p above 0 and at most 1")
-    bf16 = args.dtype == "bf16" or (args.dtype is None and args.device.startswith("cuda"))
-    try:
-        tokenizer = load_tokenizer(args.ckpt)
-        model = load_model(args.ckpt, args.device, torch.bfloat16 if bf16 else torch.float32).eval()
-    except InputError as error:
-        parser.error(str(error))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        parser.error(f"{args.ckpt}: {tokenizer.vocab_size} tokens in tokenizer, {model.config.vocab_size} in model")
+        raise InputError("--max-new-tokens must be at least 1, --temperature at least 0, --top-p above 0 and at most 1")
+    model, tokenizer = load(args.ckpt, args)
     torch.manual_seed(args.seed)
     ids = tokenizer.encode(args.prompt, bos=True)
     room = model.config.max_seq_len - len(ids)
     if room < 1:
-        parser.error(f"--prompt: {len(ids)} tokens leave no room in the context of {model.config.max_seq_len}")
+        raise InputError(f"--prompt: {len(ids)} tokens leave no room in the context of {model.config.max_seq_len}")
     shown = tokenizer.decode(ids)
     print(shown, end="", flush=True)
     tokens = torch.tensor([ids], device=args.device)

@@ -1,7 +1,7 @@
 """OwLore: Outlier-weighed Layerwise Sampled Low-Rank Projection (arXiv 2405.18380). Needs nothing but torch.
 
-Full fine-tuning keeps a gradient and two Adam moments beside every weight. OwLore keeps them for a few layers at a
-time, and for those in a low-rank space:
+Full fine-tuning keeps a gradient and two Adam moments for every weight. OwLore keeps them for a few layers at a time,
+and in a low-rank space:
 
     1. score     D_l, the share of outliers among the weights of layer l       outlier_distribution
     2. sample    every so often draw a few layers, p_l = D_l / sum(D)          sampling_probabilities, LayerSampler
@@ -40,10 +40,10 @@ def outlier_distribution(
 ) -> Tensor:
     """The share of outliers in each layer, D_l: OWL's layerwise outlier distribution (arXiv 2310.05175).
 
-    model: run once on each of the calibration batches, in eval mode, as `model(batch)`, or `model(**batch)` if the batch
-    is a dict. layers: its blocks, whose nn.Linear are scored. threshold: how many times the mean an outlier is; by
-    default what suits their width (`default_threshold`). Returns fp32 [L] on the CPU, fractions in [0, 1]. Warns if there
-    are no outliers at all. Raises ValueError for a layer without a linear that runs, or whose scores cannot be computed.
+    model: run once on each of the calibration batches, in eval mode, as `model(batch)`, or `model(**batch)` for a dict.
+    layers: its blocks, whose nn.Linear are scored. threshold: how many times the mean an outlier is; by default what
+    suits their width (`default_threshold`). Returns fp32 [L] on the CPU, fractions in [0, 1]. Warns if there are no
+    outliers at all. Raises ValueError for a layer without a linear that runs, or without scores that are finite.
     """
     linears = [find_linears(layer) for layer in layers]
     if not all(linear.weight.is_floating_point() for linear in sum(linears, [])):
@@ -54,7 +54,8 @@ def outlier_distribution(
 
     def add_squares(linear: nn.Linear, args: tuple, kwargs: dict) -> None:
         X = (args or tuple(kwargs.values()))[0].reshape(-1, linear.in_features)  # [tokens, in_features]
-        squares[linear] = squares.get(linear, 0) + X.float().square().sum(0)
+        wide = torch.promote_types(X.dtype, torch.float32)  # the norm reads bf16 as fp32, without a copy
+        squares[linear] = squares.get(linear, 0) + torch.linalg.vector_norm(X, dim=0, dtype=wide).float().square()
 
     was_training = {module: module.training for module in model.modules()}
     hooks = [linear.register_forward_pre_hook(add_squares, with_kwargs=True) for linear in sum(linears, [])]
@@ -100,8 +101,7 @@ def find_linears(module: nn.Module) -> list[nn.Linear]:
 
 
 def default_threshold(dim: int) -> float:
-    """The paper's 13 from a width of 4096 on, and less below: it names 3 to 7 for smaller models, whose scores spread
-    less."""
+    """13 from a width of 4096 on, as in the paper, and less below, where scores spread less (the paper: 3 to 7)."""
     return min(13.0, max(3.0, 13 * math.sqrt(dim / 4096)))
 
 
@@ -111,8 +111,8 @@ def hill_alpha(weight: Tensor) -> float:
 
         alpha = 1 + k / sum_{i=1..k} ln(e_{n-i+1} / e_{n-k}),   k = n / 2
 
-    weight: W [m, n]. e_1 <= ... <= e_n are the eigenvalues of W^T W, or of W W^T if that is smaller: the same without
-    the zeros. 1 if e_{n-k} is zero to the precision of fp32: no tail is heavier. Raises ValueError below 2 x 2.
+    weight: W [m, n]. e_1 <= ... <= e_n: the eigenvalues of W^T W, or of W W^T if m < n (the same, without its extra
+    zeros). 1 if e_{n-k} is zero to the precision of fp32: no tail is heavier. Raises ValueError below 2 x 2.
     """
     if weight.dim() != 2 or min(weight.shape) < 2:
         raise ValueError(f"hill_alpha needs a matrix of at least 2 x 2, not {list(weight.shape)}")
@@ -153,22 +153,20 @@ def sampling_probabilities(outliers: Tensor, mode: str = "outlier") -> Tensor:
 class LayerSampler:
     """Draws the layers to train next, `active` of them without replacement, and freezes the others.
 
-    layers: the model's blocks. probabilities: [L]. Parameters that are frozen when the sampler is made stay so: only the
-    others take turns. Wrap a model in DistributedDataParallel before the first draw: it leaves out what is frozen. A layer of probability 0 is drawn only if fewer than `active` have
-    a positive one; the places left are then filled uniformly. Raises ValueError if `active` is not between 1 and L, if
-    there are not L probabilities, or if a layer is frozen altogether.
+    layers: the model's blocks. probabilities: [L]. Parameters that are frozen when the sampler is made stay so: only
+    the others take turns. A layer of probability 0 is drawn only if fewer than `active` have a positive one; the places
+    left are then filled uniformly. Wrap a model in DistributedDataParallel before the first draw: it leaves out what is
+    frozen. Raises ValueError if `active` is not between 1 and L, if there are not L probabilities, or if a layer is
+    frozen altogether.
     """
 
     def __init__(self, layers: Sequence[nn.Module], probabilities: Tensor, active: int, seed: int = 0):
         self.layers, self.active = layers, active
         self.probabilities = torch.as_tensor(probabilities).double().cpu()
         self.trainable = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
-        if (
-            self.probabilities.shape != (len(layers),)
-            or not (0 <= self.probabilities).all()
-            or self.probabilities.isinf().any()
-        ):
-            raise ValueError(f"{len(layers)} layers need as many probabilities, none of them negative")
+        valid = (self.probabilities >= 0) & (self.probabilities < math.inf)
+        if self.probabilities.shape != (len(layers),) or not valid.all():
+            raise ValueError(f"{len(layers)} layers need as many probabilities, finite and none of them negative")
         if not 1 <= active <= len(layers):
             raise ValueError(f"active must be between 1 and the {len(layers)} layers there are, not {active}")
         if not all(self.trainable):
@@ -178,7 +176,7 @@ class LayerSampler:
 
     def resample(self) -> list[int]:
         """Draw anew. Returns the drawn layers, sorted; only they require gradients now."""
-        # Too small to be drawn, unless fewer than `active` layers have a probability.
+        # 1e-30 is never drawn while `active` layers have a real probability, and makes the rest equal if not.
         p = self.probabilities.clamp(min=1e-30)
         self.activate(sorted(torch.multinomial(p, self.active, generator=self.generator).tolist()))
         return self.drawn
@@ -214,18 +212,13 @@ class ProjectedAdam(torch.optim.Optimizer):
         N = Adam(R)                [m, rank]
         W = (1 - lr weight_decay) W - lr scale N P^T        (`scale` defaults to 1)
 
-    If m < n it is P = U_r [m, rank], R = P^T G [rank, n] and P N. A group without `rank` is torch.optim.AdamW, whose
-    names lr, betas, eps and weight_decay have. bf16 weights are rounded stochastically.
+    If m < n it is P = U_r [m, rank], R = P^T G [rank, n] and P N. A group without a rank is trained by AdamW. lr,
+    betas, eps, weight_decay: as torch.optim.AdamW's. bf16 weights are rounded stochastically.
 
-    It is used like any optimizer: p.grad holds G until `step`. A parameter that no longer requires a gradient loses its
-    state at the next `step` or `zero_grad`, so frozen layers cost nothing.
-
-    svd: "randomized" or "exact". in_backward: project in the backward pass, which saves the gradients' memory (see part
-    4). Raises ValueError for settings out of range and for a projected parameter that is not a matrix.
+    It is used like any optimizer: p.grad holds G until `step`. in_backward: project in the backward pass instead, which
+    saves the gradients' memory (part 4). svd: "randomized" or "exact". Raises ValueError for settings out of range, and
+    for a projected parameter that is not a matrix.
     """
-
-    in_backward = False
-    micro_batches = 1  # in_backward: how many backward passes make a step
 
     def __init__(
         self,
@@ -239,7 +232,7 @@ class ProjectedAdam(torch.optim.Optimizer):
     ):
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"lr {lr}, betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range")
-        self.in_backward = in_backward
+        self.in_backward, self.micro_batches = in_backward, 1  # micro_batches: the backward passes of a step
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, svd=svd)
         super().__init__(params, defaults | dict(rank=None, update_gap=100, scale=1.0, steps=0))
 
@@ -272,7 +265,7 @@ class ProjectedAdam(torch.optim.Optimizer):
             group["steps"] += 1
         for index, group, p in self._with_gradient():
             state = self.state[p]
-            # All processes of a distributed run must round alike, whatever else they draw at random.
+            # Counted over the whole run: a layer drawn again must not meet its old noise. Alike in all processes.
             random = torch.Generator(p.device).manual_seed(hash((group["steps"], index)) % 2**32)
             if group["rank"] is None:
                 if "basis" in state:  # the group was edited: begin anew
@@ -296,8 +289,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         return p.grad.low_rank() if mine else self._project(group, p, p.grad)
 
     def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor:
-        """R = G P, after renewing P if it is due. If that cannot be done because G is zero or not finite, or its SVD does not
-        converge, then a scalar: 0, inf or nan."""
+        """R = G P, after renewing P if it is due. A scalar, 0, inf or nan, stands for no R: G is zero or not finite, or
+        its SVD did not converge, and the matrix or the whole step waits."""
         state = self.state[p]
         if self._basis_is_due(group, p):
             size = torch.linalg.vector_norm(G, torch.inf).float()  # the largest entry
@@ -316,14 +309,10 @@ class ProjectedAdam(torch.optim.Optimizer):
         return project(G, state["basis"])
 
     def _basis_is_due(self, group: dict, p: Tensor) -> bool:
-        """Whether P must be renewed. Only steps that changed the moments count, so it stays due until one was had and
-        used."""
+        """Whether P must be renewed. A step that changed nothing does not count, so a basis that failed stays due."""
         state, rank = self.state[p], min(group["rank"], *p.shape)
-        return (
-            "basis" not in state
-            or state["basis"].shape[1] != rank  # the group was edited
-            or state.get("step", 0) % group["update_gap"] == 0
-        )
+        known = "basis" in state and state["basis"].shape[1] == rank  # the group's rank may have been edited
+        return not known or state.get("step", 0) % group["update_gap"] == 0
 
     def _with_gradient(self) -> Iterator[tuple[int, dict, Tensor]]:
         """Number, group and parameter of all that have a gradient."""
@@ -342,7 +331,7 @@ class ProjectedAdam(torch.optim.Optimizer):
                     p.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, and the state of parameters that are frozen now."""
+        """Forget the gradients, and the state of parameters that are frozen now: they cost nothing."""
         super().zero_grad(set_to_none or self.in_backward)
         self._drop_frozen()
 
@@ -350,8 +339,8 @@ class ProjectedAdam(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale all gradients, R of those projected in the backward pass, to a joint 2-norm of at most max_norm.
 
-        Returns the norm before, fp32, without waiting for the device. It is not finite if a gradient is not, and then all
-        of them become nan, as by torch.nn.utils.clip_grad_norm_."""
+        Returns the norm before, fp32, without waiting for the device. It is not finite if a gradient is not, and then
+        all of them become nan, as by torch.nn.utils.clip_grad_norm_."""
         gradients = [
             self._low_rank(group, p) if isinstance(p.grad, ProjectedGradient) else p.grad
             for _, group, p in self._with_gradient()
@@ -365,8 +354,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         return norm
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a `state_dict()`, bit for bit, or for plain groups torch.optim.AdamW's. Raises ValueError if a group is
-        projected here and plain there, or the other way round."""
+        """Take over a `state_dict()` bit for bit, or for plain groups torch.optim.AdamW's. Raises ValueError if a group
+        is projected here and plain there, or the other way round."""
         for here, there in zip(self.param_groups, state_dict["param_groups"]):
             if (here["rank"] is None) != (there.get("rank") is None):
                 ranks = f"rank {there.get('rank')} into a group of rank {here['rank']}"
@@ -396,7 +385,7 @@ class ProjectedAdam(torch.optim.Optimizer):
 
 
 def is_tall(W: Tensor) -> bool:
-    """Whether W [m, n] has m >= n: its basis is then on the right, P [n, rank], else on the left, P [m, rank]."""
+    """W [m, n] is tall if m >= n. Then P [n, rank] is on its right, else P [m, rank] is on its left."""
     return W.shape[0] >= W.shape[1]
 
 
@@ -420,7 +409,7 @@ def moments(state: dict, g: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def adam(g: Tensor, m: Tensor, v: Tensor, t: int, group: dict) -> Tensor:
-    """Adam's normalised step N for a gradient g (arXiv 1412.6980, algorithm 1), in fp32; updates the moments m and v."""
+    """Adam's normalised step N for a gradient g (arXiv 1412.6980, algorithm 1), in fp32. Updates m and v, its moments."""
     beta1, beta2 = group["betas"]
     g = g.float()
     m.lerp_(g, 1 - beta1)  # m = beta1 m + (1 - beta1) g
@@ -465,7 +454,7 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     """Orthonormal basis of a gradient's leading directions on its smaller side (GaLore, arXiv 2403.03507).
 
     gradient: G [m, n]. Returns fp32 P of G = U S V^T: V_r [n, rank] if m >= n, U_r [m, rank] if m < n; min(m, n)
-    columns if rank is more. svd: "exact", or "randomized" by block Krylov iteration (Musco and Musco, arXiv 1504.05477),
+    columns if rank is more. svd: "exact", or "randomized": block Krylov iteration (Musco and Musco, arXiv 1504.05477)
     from the same random start each time, so that all processes of a distributed run find the same basis. Raises
     torch.linalg.LinAlgError if G is not finite or a decomposition fails.
     """
@@ -485,9 +474,9 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
         # CPUs multiply a few rows by a matrix faster than a matrix by a few columns, hence the transposes.
         return sum(X.T @ rows.T / (size or 1) @ rows for rows in parts).T / (size or 1)
 
-    # K = [X, A X, A^2 X, ...] of a random X holds G's leading directions; keeping them all takes half the products that
-    # iterating on the last alone does. Householder reflections H (LAPACK's, with factors tau) make K orthonormal. They
-    # do when X brings nothing new, as if G is of few tokens, and in whatever precision matrix products are set to.
+    # The span of X, A X, A^2 X, ... of a random X holds G's leading directions. H and tau are Householder reflections
+    # (in LAPACK's form) whose product begins with an orthonormal basis K of it. It stays orthonormal even if A X brings
+    # nothing new, as when G comes from few tokens, and in whatever precision products are set to. AK is A K.
     (H, AK), tau = torch.zeros(2, n, k, device=G.device), torch.zeros(k, device=G.device)
     X = torch.randn(n, width, device=G.device, generator=torch.Generator(G.device).manual_seed(0))
     for i in range(0, k, width):
@@ -496,7 +485,7 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
             X = torch.ormqr(H[:, :i], tau[:i], X, transpose=True)
         H[i:, block], tau[block] = torch.geqrf(X[i:])
         AK[:, block] = X = gram(torch.ormqr(H[:, upto], tau[upto], torch.eye(n, i + width, device=G.device)[:, i:]))
-    # Of K's directions the best `rank`: the leading eigenvectors of K^T A K, [k, k].
+    # Of K's directions the best `rank` are the leading eigenvectors of K^T A K, [k, k].
     KAK = torch.ormqr(H, tau, AK, transpose=True)[:k]
     leading = torch.linalg.eigh(KAK).eigenvectors.flip(1)[:, :rank]
     return torch.ormqr(H, tau, F.pad(leading, (0, 0, 0, n - k)))  # K leading
@@ -506,11 +495,11 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
 
 
 class ProjectedGradient(Tensor):
-    """What p.grad is in this mode: R of a gradient that was projected and freed as soon as autograd had it. No two full
-    gradients are then alive at once, while a plain backward pass ends with those of all active layers.
+    """What p.grad is in this mode: R of a gradient that was projected and freed as soon as autograd had it. One full
+    gradient is alive at a time, while a plain backward pass ends with those of all active layers.
 
-    Autograd adds the gradients of further micro-batches to p.grad: each is projected, and they add up as R. A basis that
-    is due is that of the whole step's gradient, so the sum of G then waits in host memory for the last of the backward
+    Autograd adds the gradients of further micro-batches to p.grad: each is projected, and they add up as R. A basis
+    that is due is that of the whole step's gradient, so the sum of G then waits in host memory for the last of the backward
     passes that make a step. Set the optimizer's `micro_batches` to how many they are.
 
     Whatever else takes p.grad for the gradient is told so at once: torch.nn.utils.clip_grad_norm_ (the optimizer has a
@@ -519,7 +508,8 @@ class ProjectedGradient(Tensor):
 
     @staticmethod
     def __new__(cls, p: Tensor, optimizer: ProjectedAdam):
-        return Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device)  # holds no memory
+        # p.grad must be a tensor of p's shape. This one has no data: R, far smaller, is an attribute.
+        return Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device)
 
     def __init__(self, p: Tensor, optimizer: ProjectedAdam):
         self.p, self.optimizer = weakref.ref(p), weakref.ref(optimizer)
@@ -533,8 +523,8 @@ class ProjectedGradient(Tensor):
         if optimizer is None or self.passes > optimizer.micro_batches:
             raise RuntimeError(
                 f"{self.passes} backward passes without step and zero_grad: with in_backward=True set "
-                "optimizer.micro_batches to how many make a step, let no other optimizer train these parameters, and do "
-                "not take_factors of a module that runs twice"
+                "optimizer.micro_batches to how many make a step, let no other optimizer train these parameters, and "
+                "do not take_factors of a module that runs twice"
             )
         group = group_of(p, optimizer)
         if R is None and optimizer._basis_is_due(group, p):
@@ -566,8 +556,8 @@ class ProjectedGradient(Tensor):
             return args[0]
         raise RuntimeError(
             "this gradient was projected in the backward pass, by ProjectedAdam(in_backward=True): clip it by "
-            "optimizer.clip_grad_norm_(max_norm), step with that optimizer only, call its zero_grad() before moving the "
-            "model, or set in_backward=False (as transformers' Trainer, which always clips, needs)"
+            "optimizer.clip_grad_norm_(max_norm), step with that optimizer only, call its zero_grad() before moving "
+            "the model, or set in_backward=False (as transformers' Trainer, which always clips, needs)"
         )
 
     __torch_function__ = __torch_dispatch__  # the same from Python
@@ -593,8 +583,9 @@ def project_in_backward(p: Tensor, optimizer: ProjectedAdam) -> None:
                 "another ProjectedAdam projects this gradient: set its in_backward to False, or delete it"
             )
 
+    # torch takes a hook only while the parameter requires a gradient; it stays when the parameter is frozen again.
     requires_grad = p.requires_grad
-    p.requires_grad_().register_post_accumulate_grad_hook(hook)  # it stays while the parameter is frozen
+    p.requires_grad_().register_post_accumulate_grad_hook(hook)
     p.requires_grad_(requires_grad)
 
 
@@ -608,8 +599,8 @@ def group_of(p: Tensor, optimizer: ProjectedAdam) -> dict:
 
 
 class Linear(nn.Linear):
-    """y = x W^T, [..., in_features] -> [..., out_features], whose backward pass sees to the gradient of W first, lets go
-    of x, and only then makes the gradient of x: autograd's own would hold x and both gradients at once."""
+    """y = x W^T, [..., in_features] -> [..., out_features]. Its backward pass sees to the gradient of W first, lets go of
+    x, and only then makes that of x, where autograd would hold all three at once: 0.19 GiB in a 7B at 16 x 512."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -617,6 +608,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.weight.requires_grad:
             return F.linear(x, self.weight)
+        # Autograd runs WeightGradient's backward pass first, then x is free, then that of F.linear for x alone.
         return WeightGradient.apply(F.linear(x, self.weight.detach()), x, self.weight, self)
 
 
@@ -647,8 +639,8 @@ TAKERS: "weakref.WeakKeyDictionary[Linear, weakref.ref[ProjectedAdam]]" = weakre
 
 
 def take_factors(model: nn.Module, optimizer: ProjectedAdam) -> None:
-    """Have every `Linear` of a model hand its factors to an optimizer that projects in the backward pass. But for new
-    bases G is then never made, which saves 4.6 % of the arithmetic of OwLore's step in a 7B, and 29 % of GaLore's."""
+    """Have every `Linear` of a model hand its factors to an optimizer that projects in the backward pass. From then on
+    G is made only for new bases."""
     TAKERS.update((module, weakref.ref(optimizer)) for module in model.modules() if isinstance(module, Linear))
 
 

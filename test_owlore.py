@@ -2123,7 +2123,6 @@ def assert_same_run(a: Path, b: Path) -> None:
             other = states[1]["optimizer"]["state"][index][key]
             assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
     assert states[0]["optimizer"]["state"].keys() == states[1]["optimizer"]["state"].keys()
-    assert torch.equal(states[0]["random"][0], states[1]["random"][0])
     if states[0]["sampler"]:
         assert torch.equal(states[0]["sampler"]["generator"], states[1]["sampler"]["generator"])
     drop = ("tokens_per_second", "seconds", "memory")

@@ -43,19 +43,19 @@ from data import (
     Tokenizer,
     atomic_write,
     build_dataset,
+    command,
     copy_tokenizer,
     load_records,
-    load_tokenizer,
     read_json,
     split_records,
 )
-from model import ModelConfig, Transformer, add_lora, checkpoint_layout, load_model, read_checkpoint, save_model
+from model import ModelConfig, Transformer, add_lora, checkpoint_layout, load, read_checkpoint, save_model
 from owlore import LayerSampler, ProjectedAdam, outlier_distribution, sampling_probabilities
 
 CALIBRATION_ROWS = 32  # of calibration text: enough that D_l moves by a few percent at most with the rows drawn
 HELD_OUT, HELD_OUT_RECORDS = 0.05, 500  # the share of --data, and at most so many records, that is kept for validation
 BAD_STEPS = 10  # in a row, whose loss or gradients are not finite, end the run
-# The least that owlore trains in a small model, in which the paper's shares of a 7B come last of all methods (README.md)
+# The least that owlore trains: with the paper's shares of a 7B, small models do worse than by any other method (README)
 MIN_ACTIVE, MIN_RANK = 4, 32
 
 
@@ -82,12 +82,9 @@ def run(args: argparse.Namespace) -> None:
     state = load_state(Path(args.out)) if args.resume else None
     # What lora saves is merged: it goes on from the weights it began with.
     source = Path(args.out) / "model" if state and args.method != "lora" else Path(args.ckpt)
-    tokenizer = load_tokenizer(source)
     train_records, val_records = load_all_records(args)
     torch.manual_seed(args.seed)
-    model = load_model(source, args.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(f"{source}: {tokenizer.vocab_size} tokens in tokenizer, {model.config.vocab_size} in model")
+    model, tokenizer = load(source, args)
     if args.method == "lora":
         add_lora(model, args.rank, args.lora_alpha)
     validation = build_validation(val_records, tokenizer, args.seq_len)
@@ -110,15 +107,15 @@ def run(args: argparse.Namespace) -> None:
     step, skipped, bad = 0, 0, 0
     if state:
         step, skipped, before, after = (state[name] for name in ("step", "skipped", "before", "after"))
-        restore(state, model, optimizer, sampler, args.device)
+        restore(state, model, optimizer, sampler)
     steps = args.steps or args.epochs * math.ceil(len(data.rows) / args.batch_size)
     print(
         f"{args.method}: {args.ckpt} on {args.data}, {len(data.rows)} rows, {steps} steps on {args.device}, {args.dtype}"
     )
 
-    with run_folder(args) as out, open_metrics(out, step) as metrics, note_signals() as signals:
+    with run_folder(args) as out, open_metrics(out, state) as metrics, note_signals() as signals:
         if not state:
-            before = after = evaluate(model, validation, args)
+            before = after = evaluate(model, validation, args)  # after: the latest, which a stopped run prints
             log(metrics, step=0, **before)
         bar = tqdm(total=steps, initial=step, desc="training", dynamic_ncols=True)
         stopping = False
@@ -126,14 +123,15 @@ def run(args: argparse.Namespace) -> None:
             began = time.perf_counter()
             if sampler and step % args.interval == 0:
                 sampler.resample()
+            lr = args.lr * (1 - step / steps)  # linear to zero
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * (1 - step / steps)  # linear to zero
+                group["lr"] = lr
             micro_batches = step_batches(data, args, step)
             loss, norm = training_step(model, optimizer, micro_batches, args.max_grad_norm)
             step += 1
             bad = 0 if math.isfinite(loss + norm) else bad + 1
             skipped += bad > 0
-            row = {"step": step, "loss": loss, "lr": group["lr"], "grad_norm": norm, "skipped": skipped,
+            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped,
                    "active": sampler.drawn if sampler else list(range(len(model.layers))),
                    "seconds": time.perf_counter() - began, "memory": peak_memory(args.device)}  # fmt: skip
             row["tokens_per_second"] = sum(tokens.numel() for tokens, *_ in micro_batches) / row["seconds"]
@@ -149,8 +147,10 @@ def run(args: argparse.Namespace) -> None:
                 tqdm.write(f"step {step}: " + describe(after))
             stopping = bool(signals)
             if step == steps or stopping or (args.save_every and step % args.save_every == 0 and not bad):
+                adapters = {name: p for name, p in model.state_dict().items() if name.endswith((".A", ".B"))}
                 now = {"step": step, "skipped": skipped, "before": before, "after": after, "outliers": outliers,
-                       "data": zlib.crc32(data.ids), **training_state(model, optimizer, sampler, args.device)}  # fmt: skip
+                       "data": zlib.crc32(data.ids), "logged": metrics.tell(), "adapters": adapters,
+                       "optimizer": optimizer.state_dict(), "sampler": sampler and sampler.state_dict()}  # fmt: skip
                 save_checkpoint(out, args.keep, model, source, now, last=step == steps or stopping)
         bar.close()
         if step < steps:
@@ -162,8 +162,8 @@ def run(args: argparse.Namespace) -> None:
 def training_step(
     model: Transformer, optimizer: ProjectedAdam, micro_batches: list[tuple], max_grad_norm: float
 ) -> tuple[float, float]:
-    """One optimizer step on the micro-batches of `step_batches`, skipped if loss or gradients are not finite. Returns the
-    mean loss over all targets, in nats, and the norm of the gradients before clipping."""
+    """One optimizer step on the micro-batches of `step_batches`, skipped if loss or gradients are not finite. Returns
+    the mean loss over all targets, in nats, and the norm of the gradients before clipping."""
     optimizer.zero_grad()
     optimizer.micro_batches = len(micro_batches)
     loss = 0.0
@@ -172,14 +172,14 @@ def training_step(
         part.backward()  # projects each matrix's gradient as soon as it is there
         loss = loss + part.detach()
     norm = optimizer.clip_grad_norm_(max_grad_norm)
-    loss, norm = torch.stack([loss, norm.to(loss)]).tolist()  # waits for the device, as only new bases do besides
+    loss, norm = torch.stack([loss, norm.to(loss)]).tolist()  # the only wait for the device in a step without new bases
     if math.isfinite(loss + norm):
         optimizer.step()
     return loss, norm
 
 
 def step_batches(data: Dataset, args: argparse.Namespace, step: int) -> list[tuple[Tensor, Tensor, float]]:
-    """The micro-batches of a step: tokens, targets (int64 [B, T]), and the share of the step's targets that they hold."""
+    """The micro-batches of a step: tokens, targets (int64 [B, T]), and their share of the step's targets."""
     # The order of an epoch is a function of seed and epoch alone, so a resumed run reads what it would have read.
     epoch, position = divmod(step, math.ceil(len(data.rows) / args.batch_size))
     order = np.random.default_rng([args.seed, epoch]).permutation(len(data.rows))
@@ -218,8 +218,8 @@ def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAd
 
 
 def activations_fit(model: Transformer, args: argparse.Namespace) -> bool:
-    """Whether a GPU has room for the activations of all blocks, beside weights, gradients and optimizer state. If not,
-    blocks are recomputed in the backward pass, at a quarter of the time."""
+    """Whether a GPU has room for the activations of all blocks, besides weights, gradients and optimizer state. If not,
+    blocks are recomputed in the backward pass, which takes a quarter more time."""
     if not args.device.startswith("cuda"):
         return True
     c, size = model.config, model.output.weight.element_size()
@@ -259,57 +259,37 @@ def build_validation(records: list[Record], tokenizer: Tokenizer, seq_len: int) 
 
 
 def evaluate(model: Transformer, validation: Validation, args: argparse.Namespace) -> dict[str, float]:
-    """`val_loss`, and if there are choices `val_accuracy` and `val_accuracy_norm`."""
+    """`val_loss`, the mean loss per target token in nats. If there are choices, also the share of records whose right
+    completion is the likeliest, `val_accuracy`, and by its log-likelihood per character, `val_accuracy_norm` (lm-eval's
+    acc and acc_norm)."""
     model.eval()
-    dataset, choices = validation
-    result = {"val_loss": validation_loss(model, dataset, args.micro_batch_size, args.device)}
-    if choices:
-        accuracies = choice_accuracy(model, dataset.records, choices, args.micro_batch_size, args.device)
-        result["val_accuracy"], result["val_accuracy_norm"] = accuracies
+    losses, counts = row_losses(model, validation.dataset, args)
+    result = {"val_loss": losses.sum() / max(counts.sum(), 1)}
+    if validation.choices:
+        losses, _ = row_losses(model, validation.choices, args)
+        right, start = np.zeros(2), 0
+        for record in validation.dataset.records:
+            loss = losses[start : start + len(record.choices)]
+            start += len(record.choices)
+            right += [np.argmin(x) == record.answer for x in (loss, loss / [len(choice) for choice in record.choices])]
+        result["val_accuracy"], result["val_accuracy_norm"] = right / len(validation.dataset.records)
     model.train()
-    return result
+    return {name: float(value) for name, value in result.items()}
 
 
 @torch.no_grad()
-def validation_loss(model: Transformer, dataset: Dataset, batch_size: int, device: str) -> float:
-    """Mean loss per target token, in nats."""
-    total, count = 0.0, 0
-    for index in tqdm(by_length(dataset, batch_size), "validation loss", leave=False, disable=None):
-        tokens, targets = dataset.batch(index)
-        n = (targets != -100).sum().item()
-        total += model(tokens.to(device), targets.to(device)).item() * n
-        count += n
-    return total / max(count, 1)
-
-
-@torch.no_grad()
-def choice_accuracy(
-    model: Transformer, records: list[Record], choices: Dataset, batch_size: int, device: str
-) -> tuple[float, float]:
-    """Share of multiple-choice records whose right completion is the likeliest, by the sum of its tokens' log-likelihoods,
-    and by that sum over its length in characters (lm-eval's acc and acc_norm).
-
-    choices: one row for each choice of each record, in order."""
-    scores = np.zeros(len(choices.rows))
-    for index in tqdm(by_length(choices, batch_size), "accuracy", leave=False, disable=None):
-        tokens, targets = (t.to(device) for t in choices.batch(index))
-        kept = targets != -100
-        logits = model.output(model.hidden(tokens)[kept]).float()  # [completion tokens, V]
-        losses = torch.zeros(kept.shape, device=device)
-        losses[kept] = F.cross_entropy(logits, targets[kept], reduction="none")
-        scores[index] = -losses.sum(1).cpu().numpy()
-    right, start = np.zeros(2), 0
-    for record in records:
-        score = scores[start : start + len(record.choices)]
-        start += len(record.choices)
-        right += [np.argmax(s) == record.answer for s in (score, score / [len(choice) for choice in record.choices])]
-    return tuple((right / len(records)).tolist())
-
-
-def by_length(dataset: Dataset, batch_size: int) -> list[np.ndarray]:
-    """Rows in batches of similar length, so that little is padded."""
-    order = np.argsort(dataset.rows[:, 1] - dataset.rows[:, 0], kind="stable")
-    return [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
+def row_losses(model: Transformer, dataset: Dataset, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """The summed loss of each row, in nats, and the number of its targets: [N] each."""
+    losses, counts = np.zeros((2, len(dataset.rows)))
+    order = np.argsort(dataset.rows[:, 1] - dataset.rows[:, 0], kind="stable")  # by length, so that little is padded
+    for n in tqdm(range(0, len(order), args.micro_batch_size), "evaluating", leave=False, disable=None):
+        index = order[n : n + args.micro_batch_size]
+        tokens, targets = (t.to(args.device) for t in dataset.batch(index))
+        kept, loss = targets != -100, torch.zeros(targets.shape, device=args.device)
+        parts = zip(model.hidden(tokens)[kept].split(512), targets[kept].split(512))  # all logits might not fit
+        loss[kept] = torch.cat([F.cross_entropy(model.output(h).float(), t, reduction="none") for h, t in parts])
+        losses[index], counts[index] = loss.sum(1).cpu(), kept.sum(1).cpu()
+    return losses, counts
 
 
 # Settings: decided once, from what was typed, the model's config and the device
@@ -370,7 +350,8 @@ def flag_parser() -> argparse.ArgumentParser:
 
 
 def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """What the command line, the checkpoint's config and, with --resume, the run say. Raises InputError if they disagree."""
+    """The settings of a run: flags and defaults that follow the checkpoint's config, or with --resume what the run was
+    begun with. Raises InputError if they disagree."""
     args = parser.parse_args()
     file = Path(args.out or "") / "args.json"
     if not args.resume or (args.out and args.data and not file.exists()):  # or resumed before it had begun
@@ -378,7 +359,7 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if not args.out or not file.exists():
         raise InputError(f"--resume: no run to continue in --out {args.out}; name its folder")
     saved = read_json(file)
-    if not isinstance(saved, dict) or not vars(args).keys() >= saved.keys() > {"ckpt", "data", "lr"}:
+    if not vars(args).keys() >= saved.keys() > {"ckpt", "data", "lr"}:
         raise InputError(f"{file}: damaged; the checkpoints beside it are still usable")
     parser.set_defaults(**saved | {"resume": True, "out": args.out})
     args = parser.parse_args()
@@ -406,14 +387,14 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
         args.data, args.val_data = str(TINY / "train.json"), args.val_data or str(TINY / "val.json")
     require(args.data or (args.eval_only and args.val_data), "--data: give the file to train on")
 
-    least_active, least_rank = (8, 8) if lora else (MIN_ACTIVE if args.method == "owlore" else 1, MIN_RANK)
+    both = method.projection and method.sampling
     numbered = (folder.with_name(f"{folder.name}-{n}") for n in range(2, sys.maxsize))
     for name, default in {
         "out": str(folder if not folder.exists() else next(path for path in numbered if not path.exists())),
         "sampling": method.sampling,
         "interval": method.interval,
-        "active": min(max(least_active, math.ceil(method.active / 32 * config.n_layers)), config.n_layers),
-        "rank": max(least_rank, config.dim // (128 if lora else 16)),
+        "active": min(max(MIN_ACTIVE if both else 1, math.ceil(method.active / 32 * config.n_layers)), config.n_layers),
+        "rank": max(8, config.dim // 128) if lora else max(MIN_RANK, config.dim // 16),
         "threshold": owlore.default_threshold(config.dim),
         "embeddings": "frozen" if lora else "full",
         "lr": 3e-4 * (4096 / config.dim) ** 0.75,
@@ -425,8 +406,10 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
             setattr(args, name, default)
     args.lora_alpha = args.lora_alpha or 2.0 * args.rank
 
-    without_projection = args.method == "owlore" and args.embeddings != "projected"
-    require(args.rank or without_projection, "--rank 0 is owlore without projection; give another, or leave it out")
+    require(
+        args.rank or (both and args.embeddings != "projected"),
+        "--rank 0 is owlore without projection; give another, or leave it out",
+    )
     for name, most, what in (("active", config.n_layers, "layers are"), ("seq_len", config.max_seq_len, "context is")):
         flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
         require(getattr(args, name) <= most, f"{flag}: the model's {what} {most}; use that or less")
@@ -437,7 +420,7 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
 #
 #     args.json                 the settings, written first
 #     metrics.jsonl             one JSON object per logged step
-#     checkpoints/step-N/       model/ (the weights, an ordinary checkpoint folder) and state/ (what --resume needs besides)
+#     checkpoints/step-N/       model/ (an ordinary checkpoint folder) and state/ (what --resume needs besides)
 #     latest                    a link to the newest of them; model and state are links into it
 
 
@@ -468,21 +451,17 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
         yield out
 
 
-def open_metrics(out: Path, step: int) -> IO[str]:
-    """metrics.jsonl to append to. What was logged after the step that a run goes on from is dropped."""
-    path, kept = out / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() and step else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short when the run was killed
-            kept += [f"{line}\n"] if json.loads(line)["step"] <= step else []
-    with atomic_write(path) as file:
-        file.write("".join(kept).encode())
-    return open(path, "a", buffering=1)
+def open_metrics(out: Path, state: dict | None) -> IO[bytes]:
+    """metrics.jsonl to append to. What was logged after the checkpoint that a run goes on from is dropped."""
+    metrics = open(out / "metrics.jsonl", "ab", buffering=0)
+    metrics.truncate(state["logged"] if state else 0)
+    return metrics
 
 
-def log(metrics: IO[str], **row) -> None:
+def log(metrics: IO[bytes], **row) -> None:
     """Append one object. A full disk costs the log, not the run."""
     try:
-        metrics.write(json.dumps(row) + "\n")
+        metrics.write(json.dumps(row).encode() + b"\n")
     except OSError as error:
         tqdm.write(f"metrics.jsonl: {error.strerror}; step {row['step']} is not logged")
 
@@ -513,14 +492,14 @@ def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, stat
             raise InputError(f"{problem}; free space, then: python train.py --resume --out {out}") from None
         tqdm.write(problem)
         return
-    # What a killed run left may be half written, or newer than where this run went on from: it does not count.
+    # A killed run may leave folders half written, or newer than where this run resumed: neither counts.
     folders = set((out / "checkpoints").iterdir())
     for old in folders - set(sorted(f for f in folders if f.suffix != ".tmp" and f <= folder)[-keep:]):
         shutil.rmtree(old)
 
 
 def load_state(out: Path) -> dict | None:
-    """What the newest checkpoint holds beside its weights; None before the first. Raises InputError if it is damaged."""
+    """What the newest checkpoint holds besides weights; None before the first. Raises InputError if it is damaged."""
     path = out / "state" / "state.pt"
     if not path.is_file():
         if (out / "latest").is_symlink():
@@ -532,27 +511,12 @@ def load_state(out: Path) -> dict | None:
         raise InputError(f"{path}: damaged ({type(error).__name__}); the model beside it is still usable") from None
 
 
-def training_state(
-    model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None, device: str
-) -> dict[str, object]:
-    """What a run needs beside the weights to go on as if it had not been interrupted."""
-    adapters = {name: p.detach() for name, p in model.named_parameters() if name.endswith((".A", ".B"))}  # saved merged
-    random = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.startswith("cuda") else [])]
-    sampler_state = sampler and sampler.state_dict()
-    return {"adapters": adapters, "optimizer": optimizer.state_dict(), "sampler": sampler_state, "random": random}
-
-
-def restore(
-    state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None, device: str
-) -> None:
-    """Take `training_state` up again."""
+def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> None:
+    """Go on where a checkpoint's state was taken."""
     optimizer.load_state_dict(state["optimizer"])
     model.load_state_dict(state["adapters"], strict=False)
     if sampler:
         sampler.load_state_dict(state["sampler"])
-    torch.set_rng_state(state["random"][0])
-    if device.startswith("cuda"):
-        torch.cuda.set_rng_state(state["random"][1], device)
 
 
 # Around the loop
@@ -574,13 +538,11 @@ def check_data(data: Dataset, validation: Dataset, args: argparse.Namespace, sta
     if not data.predicts():
         raise InputError(f"{args.data}: nothing to learn: every completion is empty")
     if state and state["data"] != zlib.crc32(data.ids):
-        raise InputError(
-            f"--data {args.data}: is not what the run in {args.out} was reading; put the file of then back"
-        )
+        raise InputError(f"--data {args.data}: is not what the run in {args.out} was reading; put the old file back")
 
 
 def layer_chart(columns: dict[str, Sequence[float]], width: int = 30) -> str:
-    """A table with a row per layer: columns of numbers by heading, and a bar for the last of them, `width` at its longest."""
+    """A table with a row per layer: columns of numbers by heading, and a bar for the last of them, at most `width`."""
     rows = [
         ["layer", *columns],
         *([str(n), *(f"{x:.4f}" for x in row)] for n, row in enumerate(zip(*columns.values()))),
@@ -634,21 +596,11 @@ def note_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def command(parser: argparse.ArgumentParser, body: Callable[[], None]) -> None:
-    """Run a command. What a user can mend ends it with one line and exit code 2."""
-    try:
-        body()
-    except InputError as error:
-        parser.error(" ".join(str(error).split()))
-    except torch.OutOfMemoryError:
-        parser.error("out of memory: a smaller --micro-batch-size, --seq-len, --active or --rank, or --embeddings projected "
-                     "or frozen, needs less")  # fmt: skip
-
-
 def show_layers() -> None:
     """`python owlore.py`: chart each layer's outliers, Hill alpha and sampling probability."""
     about = "Show each layer's outlier share, Hill alpha and sampling probability."
     parser = argparse.ArgumentParser(description=about, usage=argparse.SUPPRESS)
+    parser.set_defaults(seed=0, dtype=None)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
     add("--data", default=str(TINY / "train.json"), help="calibration text (default: that of tiny/)")
@@ -657,11 +609,9 @@ def show_layers() -> None:
 
     def show() -> None:
         args = parser.parse_args()
-        args.seed, dtype = 0, torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-        model, tokenizer = load_model(args.ckpt, args.device, dtype), load_tokenizer(args.ckpt)
-        D = score_layers(
-            model, build_dataset(load_records(args.data), tokenizer, min(512, model.config.max_seq_len)), args
-        )
+        model, tokenizer = load(args.ckpt, args)
+        data = build_dataset(load_records(args.data), tokenizer, min(512, model.config.max_seq_len))
+        D = score_layers(model, data, args)
         layers = tqdm([owlore.find_linears(layer) for layer in model.layers], "Hill alpha", leave=False, disable=None)
         alphas = [sum(owlore.hill_alpha(linear.weight) for linear in layer) / len(layer) for layer in layers]
         print(layer_chart({"outliers %": 100 * D, "Hill alpha": alphas, "p": sampling_probabilities(D)}))

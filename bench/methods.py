@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from memory import measure, parse_shape  # noqa: E402
 
 import train  # noqa: E402
-from data import InputError, atomic_write  # noqa: E402
+from data import InputError, atomic_write, command  # noqa: E402
 from owlore import ProjectedAdam, sampling_probabilities  # noqa: E402
 
 CACHE, RESULTS = ROOT / "runs" / "methods-cache.jsonl", ROOT / "bench" / "results"
@@ -459,7 +459,7 @@ def main() -> None:
         help="the grid at first (default: %(default)s)",
     )
     args = parser.parse_args()
-    train.command(parser, lambda: run_studies(args))
+    command(parser, lambda: run_studies(args))
 
 
 def run_studies(args: argparse.Namespace) -> None:

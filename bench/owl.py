@@ -39,8 +39,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
-from data import InputError, Record, atomic_write, build_dataset, load_records, load_tokenizer, split_records  # noqa: E402
+import train  # noqa: E402, I001
+from data import Dataset, InputError, Record, atomic_write, build_dataset, command, load_records  # noqa: E402
+from data import load_tokenizer, split_records  # noqa: E402, I001
 from model import Transformer, load_model  # noqa: E402
 from owlore import default_threshold, find_linears, outlier_distribution  # noqa: E402
 
@@ -91,6 +92,12 @@ def prune(model: Transformer, dense: dict[nn.Linear, Tensor], norms: dict[nn.Lin
             linear.weight.copy_(W.masked_fill(rank < counts[:, None], 0))
 
 
+def perplexity(model: Transformer, val: Dataset) -> float:
+    """e to the mean loss per token."""
+    losses, counts = train.row_losses(model, val, argparse.Namespace(micro_batch_size=16, device="cpu"))
+    return math.exp(losses.sum() / counts.sum())
+
+
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> tuple[float, Tensor, Tensor]:
     """Perplexity of the dense model; perplexities of the pruned ones, [seeds, sparsities, 3] for uniform, OWL, reversed;
@@ -115,14 +122,14 @@ def measure(args: argparse.Namespace) -> tuple[float, Tensor, Tensor]:
         outliers = outlier_distribution(model, model.layers, rows, args.threshold)
         calibrations.append((outliers, feature_norms(model, rows)))
     dense = {linear: linear.weight.detach().clone() for layer in model.layers for linear in find_linears(layer)}
-    dense_perplexity = math.exp(train.validation_loss(model, val, 16, "cpu"))
+    dense_perplexity = perplexity(model, val)
     perplexities = torch.zeros(len(args.seeds), len(args.sparsity), 3)
     bar = tqdm(total=perplexities.numel(), desc="pruning", leave=False, disable=None)
     for n, (D, norms) in enumerate(calibrations):
         for i, sparsity in enumerate(args.sparsity):
             for j, (outliers, lam) in enumerate(((D, 0.0), (D, args.lam), (-D, args.lam))):
                 prune(model, dense, norms, layer_ratios(outliers, sparsity, lam))
-                perplexities[n, i, j] = math.exp(train.validation_loss(model, val, 16, "cpu"))
+                perplexities[n, i, j] = perplexity(model, val)
                 bar.update()
     return dense_perplexity, perplexities, torch.stack([D for D, _ in calibrations])
 
@@ -207,7 +214,7 @@ def main() -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the calibration rows (default: %(default)s)")
     add("--out", type=Path, help="results file, where this checkpoint's section is replaced (default: only print)")
     args = parser.parse_args()
-    train.command(parser, lambda: run(args))
+    command(parser, lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:

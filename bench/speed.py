@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from memory import GIB, MODELS, ROOT, LiveStorages, parse_shape, settings  # noqa: E402  (makes the project importable)
 
 import train  # noqa: E402
-from data import TINY, InputError, Record, atomic_write, build_dataset, load_records, load_tokenizer  # noqa: E402
+from data import TINY, InputError, Record, atomic_write, build_dataset, command, load_records, load_tokenizer  # noqa: E402
 from model import ModelConfig, Transformer, hf_config, load_model, permute_rotary, to_hf_name  # noqa: E402
 from owlore import LayerSampler, ProjectedAdam, projection_basis  # noqa: E402
 
@@ -451,7 +451,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--out", help="file for the table (default: bench/results/speed-WHAT-DEVICE.md)")
     args = parser.parse_args()
-    train.command(parser, lambda: measure(args))
+    command(parser, lambda: measure(args))
 
 
 def measure(args: argparse.Namespace) -> None:
