@@ -82,20 +82,11 @@ def run(args: argparse.Namespace) -> None:
     state = load_state(Path(args.out)) if args.resume else None
     # What lora saves is merged: it goes on from the weights it began with.
     source = Path(args.out) / "model" if state and args.method != "lora" else Path(args.ckpt)
-    train_records, val_records = load_all_records(args)
-    torch.manual_seed(args.seed)
-    model, tokenizer = load(source, args)
-    if args.method == "lora":
-        add_lora(model, args.rank, args.lora_alpha)
-    validation = build_validation(val_records, tokenizer, args.seq_len)
+    model, data, validation = load_inputs(source, args)
     if args.eval_only:
-        print(
-            f"{args.ckpt} on {args.val_data or 'part of ' + args.data}: {describe(evaluate(model, validation, args))}"
-        )
-        return
-    data = build_dataset(train_records, tokenizer, args.seq_len)
-    check_data(data, validation.dataset, args, state)
-    model.checkpoint_blocks = not activations_fit(model, args)
+        return print(f"{args.ckpt} on {args.val_data or args.data}: {describe(evaluate(model, validation, args))}")
+    if state and state["data"] != zlib.crc32(data.ids):
+        raise InputError(f"--data {args.data}: is not what the run in {args.out} was reading; put the old file back")
 
     sampler = outliers = None
     if args.sampling:
@@ -110,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         restore(state, model, optimizer, sampler)
     steps = args.steps or args.epochs * math.ceil(len(data.rows) / args.batch_size)
     print(
-        f"{args.method}: {args.ckpt} on {args.data}, {len(data.rows)} rows, {steps} steps on {args.device}, {args.dtype}"
+        f"{args.method}: {args.ckpt} on {args.data}, {len(data.rows)} rows, {steps} steps, {args.device}, {args.dtype}"
     )
 
     with run_folder(args) as out, open_metrics(out, state) as metrics, note_signals() as signals:
@@ -147,9 +138,8 @@ def run(args: argparse.Namespace) -> None:
                 tqdm.write(f"step {step}: " + describe(after))
             stopping = bool(signals)
             if step == steps or stopping or (args.save_every and step % args.save_every == 0 and not bad):
-                adapters = {name: p for name, p in model.state_dict().items() if name.endswith((".A", ".B"))}
                 now = {"step": step, "skipped": skipped, "before": before, "after": after, "outliers": outliers,
-                       "data": zlib.crc32(data.ids), "logged": metrics.tell(), "adapters": adapters,
+                       "data": zlib.crc32(data.ids), "logged": metrics.tell(), "adapters": adapters(model),
                        "optimizer": optimizer.state_dict(), "sampler": sampler and sampler.state_dict()}  # fmt: skip
                 save_checkpoint(out, args.keep, model, source, now, last=step == steps or stopping)
         bar.close()
@@ -511,6 +501,11 @@ def load_state(out: Path) -> dict | None:
         raise InputError(f"{path}: damaged ({type(error).__name__}); the model beside it is still usable") from None
 
 
+def adapters(model: Transformer) -> dict[str, Tensor]:
+    """LoRA's additions, which the saved weights hold merged."""
+    return {name: p for name, p in model.state_dict().items() if name.endswith((".A", ".B"))}
+
+
 def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> None:
     """Go on where a checkpoint's state was taken."""
     optimizer.load_state_dict(state["optimizer"])
@@ -522,23 +517,26 @@ def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: 
 # Around the loop
 
 
-def load_all_records(args: argparse.Namespace) -> tuple[list[Record], list[Record]]:
-    """Records to train on (none with --eval-only) and to validate on."""
+def load_inputs(source: Path, args: argparse.Namespace) -> tuple[Transformer, Dataset | None, Validation]:
+    """The model, and what it is trained on (nothing with --eval-only) and validated on."""
     if args.val_data:
-        return [] if args.eval_only else load_records(args.data), load_records(args.val_data)
-    return split_records(load_records(args.data), HELD_OUT, HELD_OUT_RECORDS, args.seed)
-
-
-def check_data(data: Dataset, validation: Dataset, args: argparse.Namespace, state: dict | None) -> None:
-    """Say how many records were too long. Raises InputError if there is nothing to learn, or another file to resume."""
-    for name, dataset in ((args.data, data), (args.val_data or "held-out part", validation)):
-        if dataset.truncated:
+        records, held_out = [] if args.eval_only else load_records(args.data), load_records(args.val_data)
+    else:
+        records, held_out = split_records(load_records(args.data), HELD_OUT, HELD_OUT_RECORDS, args.seed)
+    torch.manual_seed(args.seed)
+    model, tokenizer = load(source, args)
+    if args.method == "lora":
+        add_lora(model, args.rank, args.lora_alpha)
+    model.checkpoint_blocks = not activations_fit(model, args)
+    validation = build_validation(held_out, tokenizer, args.seq_len)
+    data = None if args.eval_only else build_dataset(records, tokenizer, args.seq_len)
+    for name, dataset in ((args.data, data), (args.val_data or "held-out part", validation.dataset)):
+        if dataset and dataset.truncated:
             print(f"{name}: {dataset.truncated} of {len(dataset.rows)} records are longer than --seq-len {args.seq_len}: "
                   "their prompts were cut from the left")  # fmt: skip
-    if not data.predicts():
+    if data and not data.predicts():
         raise InputError(f"{args.data}: nothing to learn: every completion is empty")
-    if state and state["data"] != zlib.crc32(data.ids):
-        raise InputError(f"--data {args.data}: is not what the run in {args.out} was reading; put the old file back")
+    return model, data, validation
 
 
 def layer_chart(columns: dict[str, Sequence[float]], width: int = 30) -> str:
