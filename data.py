@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import warnings
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -57,7 +58,8 @@ def parse_record(record: object) -> Record:
         case {"instruction": instruction, "output": output}:  # Alpaca and commonsense-170k
             prompt, output = alpaca_prompt(as_text(instruction), as_text(record.get("input", ""))), as_text(output)
             options = re.search(r"Answer format: *(\S+)\s*$", instruction)
-            names, answer = options[1].split("/") if options else [], record.get("answer")
+            names = [name for name in options[1].split("/") if name] if options else []
+            answer = record.get("answer")
             if answer in names and output.endswith(answer):
                 choices = [output.removesuffix(answer) + name for name in names]
                 return Record([(prompt, output)], choices, names.index(answer))
@@ -403,9 +405,10 @@ def hf_tokenizer_config(tokenizer: Tokenizer) -> dict:
 
 def command(parser: argparse.ArgumentParser, body: Callable[[], None]) -> None:
     """Run a command. What a user can mend ends it with one line and exit code 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
         body()
-    except InputError as error:
+    except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     except torch.OutOfMemoryError:
         parser.error("out of memory: a smaller --micro-batch-size, --seq-len, --active or --rank, or --embeddings projected "

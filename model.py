@@ -370,7 +370,7 @@ def stream(model: Transformer, tokens: Tensor, max_new_tokens: int, temperature:
     for _ in range(max_new_tokens):
         with torch.no_grad():  # entered at each step: a generator must not leave it set for its caller
             logits = model.output(model.hidden(tokens, cache)[:, -1]).float()  # [B, V]
-            if temperature == 0:
+            if temperature < 1e-6:
                 tokens = logits.argmax(1, keepdim=True)
             else:
                 probabilities, order = (logits / temperature).softmax(1).sort(1, descending=True)
@@ -726,8 +726,8 @@ def main() -> None:
 
 def print_continuation(args: argparse.Namespace) -> None:
     """Print the prompt and stream what the model says next."""
-    if not (args.max_new_tokens >= 1 and args.temperature >= 0 and 0 < args.top_p <= 1):
-        raise InputError("--max-new-tokens must be at least 1, --temperature at least 0, --top-p above 0 and at most 1")
+    if not (args.max_new_tokens >= 1 and args.temperature >= 0 and 0 < args.top_p <= 1 and 0 <= args.seed < 2**31):
+        raise InputError("--max-new-tokens: at least 1; --temperature, --seed: at least 0; --top-p: above 0, at most 1")
     model, tokenizer = load(args.ckpt, args)
     torch.manual_seed(args.seed)
     ids = tokenizer.encode(args.prompt, bos=True)

@@ -21,6 +21,7 @@ Sampling on or off and projection on or off make full fine-tuning (off, off), Ga
 off) and OwLore (outlier sampling, on).
 """
 
+import contextlib
 import math
 import warnings
 import weakref
@@ -196,7 +197,8 @@ class LayerSampler:
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken, with the layers that were active then."""
         self.generator.set_state(state["generator"].cpu())
-        self.activate(list(state["drawn"]))
+        if state["drawn"]:  # nothing was frozen before the first draw
+            self.activate(list(state["drawn"]))
 
 
 # 3. Project
@@ -241,8 +243,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         projected, problem = group["rank"] is not None, None
-        if projected and (group["rank"] < 1 or group["update_gap"] < 1):
-            problem = f"rank {group['rank']} and update_gap {group['update_gap']} must be at least 1"
+        if projected and not all(isinstance(group[key], int) and group[key] >= 1 for key in ("rank", "update_gap")):
+            problem = f"rank {group['rank']} and update_gap {group['update_gap']} must be integers, at least 1"
         elif group["svd"] not in ("randomized", "exact"):
             problem = f"svd {group['svd']!r} is not randomized or exact"
         for p in group["params"]:
@@ -260,6 +262,11 @@ class ProjectedAdam(torch.optim.Optimizer):
     def step(self, closure: Callable | None = None) -> Tensor | None:
         """Update every parameter that has a gradient. closure: recomputes the loss, which is returned."""
         loss = torch.enable_grad()(closure)() if closure is not None else None
+        with without_autocast():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         self._drop_frozen()
         for group in self.param_groups:
             group["steps"] += 1
@@ -281,7 +288,6 @@ class ProjectedAdam(torch.optim.Optimizer):
             left, right = (group["scale"] * N, P.T) if is_tall(p) else (P, group["scale"] * N)
             for p_rows, rows in row_chunks(p, left):  # N P^T is never there as a whole
                 write_back(p_rows, rows @ right, group, random)
-        return loss
 
     def _low_rank(self, group: dict, p: Tensor) -> Tensor:
         """R of p's gradient, [m, rank] or [rank, n]; a scalar if its basis is due and could not be had."""
@@ -382,6 +388,15 @@ class ProjectedAdam(torch.optim.Optimizer):
         for group in self.param_groups if self.in_backward else []:
             for p in group["params"] if group["rank"] is not None else []:
                 project_in_backward(p, self)
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """The optimizer's arithmetic is fp32 even if a loop has autocast on."""
+    with contextlib.ExitStack() as stack:
+        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def is_tall(W: Tensor) -> bool:
@@ -516,6 +531,7 @@ class ProjectedGradient(Tensor):
         self.R, self.G, self.passes = None, None, 0  # G: the sum over the passes so far, while the basis is due
 
     @torch.no_grad()
+    @without_autocast()
     def add_gradient(self, G: Tensor | None = None, R: Tensor | None = None) -> None:
         """Add what a backward pass gave: G, or R if that was computed already."""
         optimizer, p = self.optimizer(), self.p()
@@ -540,6 +556,7 @@ class ProjectedGradient(Tensor):
             self.R = R if self.R is None else self.R.add_(R)
 
     @torch.no_grad()
+    @without_autocast()
     def low_rank(self) -> Tensor:
         """R of the whole step, or a scalar, as `ProjectedAdam._project`."""
         if self.G is not None:

@@ -1188,6 +1188,9 @@ def test_sampler_state_continues_the_same_draws():
     b.load_state_dict(pickle.loads(pickle.dumps(a.state_dict())))
     trained = [[p.requires_grad for m in s.layers for p in m.parameters()] for s in (a, b)]
     assert b.drawn == a.drawn and trained[0] == trained[1]
+    b.load_state_dict(LayerSampler(blocks(9), torch.ones(9), 3).state_dict())  # taken before anything was frozen
+    assert any(p.requires_grad for m in b.layers for p in m.parameters())
+    b.load_state_dict(a.state_dict())
     assert [a.resample() for _ in range(20)] == [b.resample() for _ in range(20)]
 
 
@@ -1381,6 +1384,15 @@ def test_randomized_basis_keeps_998_of_1000_parts_of_a_slowly_falling_spectrum()
     assert min(shares) >= 0.998
 
 
+def test_a_basis_does_not_depend_on_what_was_drawn_before():
+    """Resumed runs and all processes of a distributed one must find the same."""
+    G, bases = random_gradients(600, 500, steps=1)[0], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        bases.append(projection_basis(G, 16))
+    assert torch.equal(*bases)
+
+
 def test_exact_basis_is_the_svds():
     G = random_gradients(30, 12, steps=1)[0]
     for gradient in (G, G.T):
@@ -1458,6 +1470,7 @@ def test_optimizer_refuses_what_it_cannot_do():
         ({"params": [W], "rank": 0}, {}),
         ({"params": [b], "rank": 2}, {}),
         ({"params": [W], "rank": 2, "update_gap": 0}, {}),
+        ({"params": [W], "rank": 2.0}, {}),
         ({"params": [W]}, {"svd": "fast"}),
         ({"params": [W]}, {"betas": (1.0, 0.9)}),
         ({"params": [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))]}, {}),
@@ -1740,6 +1753,21 @@ def test_a_trainer_run_resumes_with_the_same_draws(tmp_path):
     assert all(map(torch.equal, weights_of(straight), weights_of(resumed)))
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_autocast_does_not_reach_the_optimizers_arithmetic(in_backward):
+    expected = train_net(*small_net(in_backward))
+    net, optimizer = small_net(in_backward)
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = loss_of(net)
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_backward):  # gradients are then autograd's, in bf16
+            loss.backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            optimizer.step()
+    assert all(v.dtype == torch.float32 for s in optimizer.state.values() for k, v in s.items() if k != "step")
+    assert in_backward or all(map(torch.equal, weights_of(net), expected))
+
+
 def test_float64_and_autocast_and_sparse_gradients():
     net, optimizer = small_net(dtype=torch.float64)
     loss_of(net).backward()
@@ -1942,6 +1970,8 @@ def test_a_run_trains_saves_and_loads_again(base, checkpoint, tmp_path):
     steps, evaluations = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 13)) and [r["step"] for r in evaluations] == [0, 3, 6, 9, 12]
     assert all(len(r["active"]) == 1 for r in steps)
+    peak = 3e-4 * (4096 / 64) ** 0.75
+    assert [r["lr"] for r in steps] == pytest.approx([peak * (1 - n / 12) for n in range(12)])  # linear to zero
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"]
     tuned, source = load_model(tmp_path / "run/model"), load_model(checkpoint)
     drawn = {layer for r in steps for layer in r["active"]}
@@ -1984,6 +2014,16 @@ def test_micro_batches_do_not_change_a_run(method, base, tmp_path):
     np.testing.assert_allclose(runs[0][1], runs[1][1], rtol=1e-5)
     for name, weight in runs[0][0].items():
         assert (weight - runs[1][0][name]).norm() < 1e-4 * weight.norm(), name
+
+
+def test_epochs_hold_every_row_once_in_an_order_of_their_own(checkpoint, jsonl):
+    dataset = build_dataset(load_records(jsonl), load_tokenizer(checkpoint), 256)
+    args = settings_of("--batch-size", 8, "--micro-batch-size", 3)
+    rows = []
+    for step in range(16):  # 60 rows are 8 steps
+        for tokens, targets, _ in train.step_batches(dataset, args, step):
+            rows += [(t[y != -100].tolist(), y[y != -100].tolist()) for t, y in zip(tokens, targets)]
+    assert len(rows) == 120 and rows[:60] != rows[60:] and sorted(rows[:60]) == sorted(rows[60:])
 
 
 def test_rank_zero_is_owlore_without_projection(base, tmp_path):
@@ -2322,7 +2362,8 @@ def test_bad_data_is_refused(name, content, names, checkpoint, tmp_path):
     "--ckpt nowhere", "--data nothing.txt", "--active 4", "--active 0", "--rank -1", "--rank 0 --method lora", "--rank many",
     "--seq-len 257", "--device cuda:77", "--device abacus", "--method magic", "--active 2 --method galore",
     "--interval 2 --method full", "--lora-alpha 2 --method owlore", "--lr nan", "--lr inf", "--lr 0", "--threshold -1",
-    "--batch-size 0", "--scale nan", "--weight-decay -1", "--sped 1",
+    "--batch-size 0", "--scale nan", "--weight-decay -1", "--sped 1", "--seed -1", "--lr 1e300",
+    "--seed 100000000000000000000", "--rank 65 --method lora",
 ])  # fmt: skip
 def test_bad_flags_are_refused(flags, base, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

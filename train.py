@@ -228,7 +228,10 @@ def activations_fit(model: Transformer, args: argparse.Namespace) -> bool:
 def score_layers(model: Transformer, data: Dataset, args: argparse.Namespace) -> Tensor:
     """D_l, fp32 [L], on rows of the training data."""
     rows = tqdm(data.sample(CALIBRATION_ROWS, args.seed), "scoring outliers", leave=False, disable=None)
-    return outlier_distribution(model, model.layers, (row.to(args.device) for row in rows), args.threshold)
+    try:
+        return outlier_distribution(model, model.layers, (row.to(args.device) for row in rows), args.threshold)
+    except ValueError as error:
+        raise InputError(f"{args.ckpt}: {error}") from None
 
 
 # Evaluation
@@ -286,12 +289,12 @@ def row_losses(model: Transformer, dataset: Dataset, args: argparse.Namespace) -
 
 
 def at_least(least: float, kind: type = int) -> Callable[[str], float]:
-    """An argparse type: a finite number that is not below `least`."""
+    """An argparse type: a number that is not below `least`, nor absurdly large."""
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        if not least <= value < 2**31:
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below 2^31, not {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it when `kind` cannot read the text
@@ -400,7 +403,8 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
         args.rank or (both and args.embeddings != "projected"),
         "--rank 0 is owlore without projection; give another, or leave it out",
     )
-    for name, most, what in (("active", config.n_layers, "layers are"), ("seq_len", config.max_seq_len, "context is")):
+    limits = [("active", config.n_layers, "layers are"), ("seq_len", config.max_seq_len, "context is")]
+    for name, most, what in [*limits, *([("rank", config.dim, "width is")] if lora else [])]:
         flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
         require(getattr(args, name) <= most, f"{flag}: the model's {what} {most}; use that or less")
     return args

@@ -25,6 +25,8 @@ def first_table(path: str, heading: str | None, pattern: str | None) -> str:
     if heading:
         text = re.split(rf"(?m)^## {re.escape(heading)}$", text)[1]
     rows = re.search(r"(?m)(^\|.*\n?)+", text)[0].splitlines()
+    if not any(re.search(pattern or "", row) for row in rows[2:]):
+        sys.exit(f"README.md: no row of {path} matches {pattern}")
     return "".join(f"{row}\n" for n, row in enumerate(rows) if n < 2 or re.search(pattern or "", row))
 
 
