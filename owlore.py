@@ -299,13 +299,13 @@ class ProjectedAdam(torch.optim.Optimizer):
         its SVD did not converge, and the matrix or the whole step waits."""
         state = self.state[p]
         if self._basis_is_due(group, p):
-            size = torch.linalg.vector_norm(G, torch.inf).float()  # the largest entry
+            size = magnitude(G)
             if not 0 < size < math.inf:
-                return size
+                return torch.tensor(size, device=G.device)
             try:
                 P = projection_basis(G, group["rank"], group["svd"])
             except torch.linalg.LinAlgError:
-                return size * math.nan
+                return torch.tensor(math.nan, device=G.device)
             if state.get("basis", P[:0]).shape != P.shape:  # the first one, or of another rank: begin anew
                 state.clear()
             elif "exp_avg" in state:  # puts the first moment into the coordinates of the new basis
@@ -476,34 +476,46 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     G = gradient if is_tall(gradient) else gradient.T  # [larger, n]: P spans its rows
     n, width = G.shape[1], max(8, rank // 4)
     k = KRYLOV_BLOCKS * width
-    size = torch.linalg.vector_norm(G, torch.inf).item()  # the largest entry
-    if not math.isfinite(size):
-        raise torch.linalg.LinAlgError("the gradient is not finite")
     # A small one is quick to do exactly, and then the last directions do not hang on the rounding errors of G.
     if svd == "exact" or n <= max(k, 256):
+        if not math.isfinite(magnitude(G)):
+            raise torch.linalg.LinAlgError("the gradient is not finite")
         return torch.linalg.svd(G.float(), full_matrices=False).Vh[:rank].T.contiguous()
 
-    def gram(X: Tensor) -> Tensor:
-        """A X of A = G^T G / size^2, which neither overflows nor vanishes: [n, width] like X."""
-        parts = [G] if G.dtype == torch.float32 else (rows.float() for (rows,) in row_chunks(G))
-        # CPUs multiply a few rows by a matrix faster than a matrix by a few columns, hence the transposes.
-        return sum(X.T @ rows.T / (size or 1) @ rows for rows in parts).T / (size or 1)
+    size = magnitude(G[:: 1 + len(G) // 64]) or 1.0  # of some rows: enough to scale by
 
-    # The span of X, A X, A^2 X, ... of a random X holds G's leading directions. H and tau are Householder reflections
-    # (in LAPACK's form) whose product begins with an orthonormal basis K of it. It stays orthonormal even if A X brings
+    def halves(X: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some rows of G and (G X)^T of them, over size: products with A = G^T G / size^2 neither overflow nor vanish."""
+        for rows in [G] if G.dtype == torch.float32 else (rows.float() for (rows,) in row_chunks(G)):
+            yield rows, X.T @ rows.T / size  # CPUs are faster at a few rows times a matrix than at its transpose
+
+    # The span of X, A X, A^2 X, ... of a random X holds G's leading directions, and K is an orthonormal basis of it. H and
+    # tau are the Householder reflections (in LAPACK's form) that K comes from: it stays orthonormal even if A X brings
     # nothing new, as when G comes from few tokens, and in whatever precision products are set to. AK is A K.
-    (H, AK), tau = torch.zeros(2, n, k, device=G.device), torch.zeros(k, device=G.device)
+    (H, K, AK), tau = G.new_zeros(3, n, k, dtype=torch.float32), G.new_zeros(k, dtype=torch.float32)
     X = torch.randn(n, width, device=G.device, generator=torch.Generator(G.device).manual_seed(0))
     for i in range(0, k, width):
         block, upto = slice(i, i + width), slice(0, i + width)
         if i > 0:
+            AK[:, i - width : i] = X = sum(GX @ rows for rows, GX in halves(X)).T / size
             X = torch.ormqr(H[:, :i], tau[:i], X, transpose=True)
         H[i:, block], tau[block] = torch.geqrf(X[i:])
-        AK[:, block] = X = gram(torch.ormqr(H[:, upto], tau[upto], torch.eye(n, i + width, device=G.device)[:, i:]))
-    # Of K's directions the best `rank` are the leading eigenvectors of K^T A K, [k, k].
-    KAK = torch.ormqr(H, tau, AK, transpose=True)[:k]
+        unit = F.pad(torch.eye(width, device=G.device), (0, 0, i, n - i - width))
+        K[:, block] = X = torch.ormqr(H[:, upto], tau[upto], unit)
+    # Of K's directions the best `rank` are the leading eigenvectors of K^T A K, [k, k]. eigh reads the lower triangle, so
+    # of the last block's A X no more than X^T A X is needed.
+    KAK = K.T @ AK
+    KAK[-width:, -width:] = sum(GX @ GX.T for _, GX in halves(X))
+    if not KAK.isfinite().all():
+        raise torch.linalg.LinAlgError("the gradient is not finite")
     leading = torch.linalg.eigh(KAK).eigenvectors.flip(1)[:, :rank]
     return torch.ormqr(H, tau, F.pad(leading, (0, 0, 0, n - k)))  # K leading
+
+
+def magnitude(G: Tensor) -> float:
+    """A number to scale G with, of the order of its norm; 0, inf or nan only if G is zero or not finite."""
+    norm = torch.linalg.vector_norm(G, dtype=torch.promote_types(G.dtype, torch.float32)).item()
+    return norm if 0 < norm < math.inf else torch.linalg.vector_norm(G, torch.inf).item()  # squares have their limits
 
 
 # 4. Project in the backward pass: ProjectedAdam(..., in_backward=True)
