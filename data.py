@@ -202,6 +202,7 @@ class TiktokenTokenizer:
         self.bos_id, self.eos_id, self.vocab_size = len(ranks), len(ranks) + 1, len(ranks) + 256
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        """Token ids of a text, between BOS and EOS if asked for."""
         # A run of a million blanks would exhaust tiktoken's stack. Meta cuts runs after 25,000 characters, too.
         parts = re.findall(r"(?s).*?(?:\S{25000}|\s{25000})|.+", text)
         ids = [i for part in parts for i in self.model.encode_ordinary(part)]

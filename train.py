@@ -85,9 +85,6 @@ def run(args: argparse.Namespace) -> None:
     model, data, validation = load_inputs(source, args)
     if args.eval_only:
         return print(f"{args.ckpt} on {args.val_data or args.data}: {describe(evaluate(model, validation, args))}")
-    if state and state["data"] != zlib.crc32(data.ids):
-        raise InputError(f"--data {args.data}: is not what the run in {args.out} was reading; put the old file back")
-
     sampler = outliers = None
     if args.sampling:
         outliers = state["outliers"] if state else score_layers(model, data, args)  # 1. score
@@ -95,10 +92,7 @@ def run(args: argparse.Namespace) -> None:
         sampler = LayerSampler(model.layers, p, args.active, args.seed)
         print(layer_chart({"outliers %": 100 * outliers, "p": p}))
     optimizer = build_optimizer(model, args)  # 3. project
-    step, skipped, bad = 0, 0, 0
-    if state:
-        step, skipped, before, after = (state[name] for name in ("step", "skipped", "before", "after"))
-        restore(state, model, optimizer, sampler)
+    step, skipped, before, after = restore(state, model, optimizer, sampler, data) if state else (0, 0, None, None)
     steps = args.steps or args.epochs * math.ceil(len(data.rows) / args.batch_size)
     print(
         f"{args.method}: {args.ckpt} on {args.data}, {len(data.rows)} rows, {steps} steps, {args.device}, {args.dtype}"
@@ -109,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
             before = after = evaluate(model, validation, args)  # after: the latest, which a stopped run prints
             log(metrics, step=0, **before)
         bar = tqdm(total=steps, initial=step, desc="training", dynamic_ncols=True)
-        stopping = False
+        stopping, bad = False, 0
         while step < steps and not stopping:
             began = time.perf_counter()
             if sampler and step % args.interval == 0:
@@ -510,12 +504,18 @@ def adapters(model: Transformer) -> dict[str, Tensor]:
     return {name: p for name, p in model.state_dict().items() if name.endswith((".A", ".B"))}
 
 
-def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> None:
-    """Go on where a checkpoint's state was taken."""
+def restore(
+    state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None, data: Dataset
+) -> tuple[int, int, dict, dict]:
+    """Go on where a checkpoint's state was taken. Returns the steps done and skipped, the evaluations before the run and
+    the latest. Raises InputError for other data."""
+    if state["data"] != zlib.crc32(data.ids):
+        raise InputError("--data: is not what this run was reading; put the old file back")
     optimizer.load_state_dict(state["optimizer"])
     model.load_state_dict(state["adapters"], strict=False)
     if sampler:
         sampler.load_state_dict(state["sampler"])
+    return state["step"], state["skipped"], state["before"], state["after"]
 
 
 # Around the loop
