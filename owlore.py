@@ -47,9 +47,11 @@ def outlier_distribution(
     outliers at all. Raises ValueError for a layer without a linear that runs, or without scores that are finite.
     """
     linears = [find_linears(layer) for layer in layers]
+    if not linears or not all(linears):
+        raise ValueError("outlier_distribution needs layers that each hold at least one nn.Linear")
     if not all(linear.weight.is_floating_point() for linear in sum(linears, [])):
         raise ValueError("outlier_distribution needs float weights, not quantized ones")
-    width = linears[0][0].in_features if linears and linears[0] else 0
+    width = linears[0][0].in_features
     threshold = default_threshold(width) if threshold is None else threshold
     squares: dict[nn.Linear, Tensor] = {}  # ||X_j||_2^2, fp32 [in_features]
 
@@ -281,12 +283,14 @@ class ProjectedAdam(torch.optim.Optimizer):
                 for p_rows, *rows in row_chunks(p, p.grad, m, v):
                     write_back(p_rows, adam(*rows, t, group), group, random)
                 continue
-            R = self._low_rank(group, p)
+            R = self._low_rank(group, p)  # R = G P, of a new P if it is due
             if R.dim() == 0:  # no basis could be had: this matrix waits for the next step
                 continue
             N, P = adam(R, *moments(state, R), group), state["basis"]
             left, right = (group["scale"] * N, P.T) if is_tall(p) else (P, group["scale"] * N)
-            for p_rows, rows in row_chunks(p, left):  # N P^T is never there as a whole
+            for p_rows, rows in row_chunks(
+                p, left
+            ):  # W = (1 - lr weight_decay) W - lr scale N P^T, some rows at a time
                 write_back(p_rows, rows @ right, group, random)
 
     def _low_rank(self, group: dict, p: Tensor) -> Tensor:
@@ -317,6 +321,8 @@ class ProjectedAdam(torch.optim.Optimizer):
     def _basis_is_due(self, group: dict, p: Tensor) -> bool:
         """Whether P must be renewed. A step that changed nothing does not count, so a basis that failed stays due."""
         state, rank = self.state[p], min(group["rank"], *p.shape)
+        if rank < 1:
+            raise ValueError(f"rank {group['rank']} must be at least 1; None makes the group plain AdamW")
         known = "basis" in state and state["basis"].shape[1] == rank  # the group's rank may have been edited
         return not known or state.get("step", 0) % group["update_gap"] == 0
 
@@ -353,8 +359,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         ]
         if not gradients:
             return torch.tensor(0.0)
-        norms = [torch.linalg.vector_norm(g).float().to(gradients[0].device) for g in gradients]
-        norm = torch.stack(norms).norm()
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+        norm = torch.stack([norm.float().to(norms[0].device) for norm in norms]).norm()
         for g in gradients:
             g.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(g.device))
         return norm
@@ -526,8 +532,8 @@ class ProjectedGradient(Tensor):
     gradient is alive at a time, while a plain backward pass ends with those of all active layers.
 
     Autograd adds the gradients of further micro-batches to p.grad: each is projected, and they add up as R. A basis
-    that is due is that of the whole step's gradient, so the sum of G then waits in host memory for the last of the backward
-    passes that make a step. Set the optimizer's `micro_batches` to how many they are.
+    that is due is that of the whole step's gradient, so the sum of G then waits in host memory for the last of the
+    backward passes that make a step. Set the optimizer's `micro_batches` to how many they are.
 
     Whatever else takes p.grad for the gradient is told so at once: torch.nn.utils.clip_grad_norm_ (the optimizer has a
     method of its own), GradScaler, DistributedDataParallel, another optimizer.
@@ -683,6 +689,10 @@ def project_factors(module: Linear, p: Tensor, dY: Tensor, X: Tensor) -> bool:
         return False
     if p.grad is None:
         p.grad = ProjectedGradient(p, optimizer)
+    if (
+        not isinstance(p.grad, ProjectedGradient) or p.grad.optimizer() is not optimizer
+    ):  # somebody set it: autograd adds
+        return False
     P = optimizer.state[p]["basis"].to(X.dtype)
     p.grad.add_gradient(R=dY.T @ (X @ P) if is_tall(p) else (dY @ P).T @ X)
     return True

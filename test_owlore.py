@@ -1062,6 +1062,8 @@ def test_outlier_distribution_needs_batches_and_float_linears():
     for layers, batches, match in [*cases, ([linear], [x / 0], "not finite")]:
         with pytest.raises(ValueError, match=match):
             outlier_distribution(nn.Sequential(*layers), layers, batches)
+    with pytest.raises(ValueError, match="layers"):
+        outlier_distribution(linear, [], [x])
     with pytest.raises(ValueError, match="layer 1"):  # one that does not run has no scores
         outlier_distribution(linear, [linear, unused], [x])
 
@@ -1658,6 +1660,10 @@ def test_param_groups_can_be_edited(in_backward):
     train_net(net, optimizer, 1)
     assert [optimizer.state[p]["basis"].shape[1] for p in net.parameters() if p.dim() == 2] == [2, 2]
     assert [optimizer.state[p]["step"] for p in net.parameters()] == [1, 5, 1, 5]
+    optimizer.param_groups[0]["rank"] = 0
+    with pytest.raises(ValueError, match="at least 1"):
+        train_net(net, optimizer, 1)
+    net.zero_grad()
     optimizer.param_groups[0]["rank"] = None  # AdamW from here
     weights = train_net(net, optimizer, 5)
     assert all(p.isfinite().all() for p in weights) and "basis" not in optimizer.state[net[0].weight]
@@ -1682,8 +1688,7 @@ def test_a_state_that_does_not_fit_the_groups_is_refused():
 def test_distributed_data_parallel(in_backward, dtype):
     """Two processes, each with half of the batch, train what one does with all of it; in the backward mode it is refused."""
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("fork")
-        processes = [context.Process(target=ddp_process, args=(rank, folder, in_backward, dtype)) for rank in range(2)]
+        processes = [SERVER.Process(target=ddp_process, args=(rank, folder, in_backward, dtype)) for rank in range(2)]
         for process in processes:
             process.start()
         for process in processes:
@@ -1781,6 +1786,9 @@ def test_float64_and_autocast_and_sparse_gradients():
     expected = 2 * (x @ linear.weight.T).T @ x
     assert linear.weight.grad.dtype == torch.float32
     assert (linear.weight.grad - expected).norm() < 2**-7 * expected.norm()  # bf16 rounds each of two products to 2^-8
+    half = nn.Parameter(torch.ones(100, dtype=torch.float16))  # the norm must not overflow where no gradient does
+    half.grad = torch.full_like(half, 60000)
+    assert ProjectedAdam([half], lr=0.1).clip_grad_norm_(1.0).item() == pytest.approx(600000, rel=1e-3)
     embedding = nn.Embedding(5, 3, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
@@ -1897,6 +1905,12 @@ def test_gradients_that_nobody_adds_to_the_parameter_are_left_alone():
         (ours,) = torch.autograd.grad(linear(x).square().sum(), wanted)
         (plain,) = torch.autograd.grad(F.linear(x, linear.weight).square().sum(), wanted)
         torch.testing.assert_close(ours, plain)
+    linear.weight.grad = torch.ones(6, 8)  # set by hand: it is added to, as by any backward pass
+    linear(x).square().sum().backward()
+    (plain,) = torch.autograd.grad(F.linear(x, linear.weight).square().sum(), linear.weight)
+    P = optimizer.state[linear.weight]["basis"]
+    torch.testing.assert_close(linear.weight.grad.R, P.T @ (plain + 1))
+    optimizer.zero_grad()
     linear(x).square().sum().backward(inputs=[x])
     assert linear.weight.grad is None
     linear(x).square().sum().backward()
