@@ -430,7 +430,7 @@ def moments(state: dict, g: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def adam(g: Tensor, m: Tensor, v: Tensor, t: int, group: dict) -> Tensor:
-    """Adam's normalised step N for a gradient g (arXiv 1412.6980, algorithm 1), in fp32. Updates m and v, its moments."""
+    """Adam's normalised step N for a gradient g (arXiv 1412.6980, algorithm 1), in fp32. m, v: its moments, updated."""
     beta1, beta2 = group["betas"]
     g = g.float()
     m.lerp_(g, 1 - beta1)  # m = beta1 m + (1 - beta1) g
@@ -491,13 +491,13 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     size = magnitude(G[:: 1 + len(G) // 64]) or 1.0  # of some rows: enough to scale by
 
     def halves(X: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Some rows of G and (G X)^T of them, over size: products with A = G^T G / size^2 neither overflow nor vanish."""
+        """Some rows of G and (G X)^T of them, over size: A = G^T G / size^2 then neither overflows nor vanishes."""
         for rows in [G] if G.dtype == torch.float32 else (rows.float() for (rows,) in row_chunks(G)):
             yield rows, X.T @ rows.T / size  # CPUs are faster at a few rows times a matrix than at its transpose
 
-    # The span of X, A X, A^2 X, ... of a random X holds G's leading directions, and K is an orthonormal basis of it. H and
-    # tau are the Householder reflections (in LAPACK's form) that K comes from: it stays orthonormal even if A X brings
-    # nothing new, as when G comes from few tokens, and in whatever precision products are set to. AK is A K.
+    # The span of X, A X, A^2 X, ... of a random X holds G's leading directions, and K is an orthonormal basis of it. H
+    # and tau are the Householder reflections (in LAPACK's form) that K comes from: it stays orthonormal even if A X
+    # brings nothing new, as when G comes from few tokens, and in whatever precision products are set to. AK is A K.
     (H, K, AK), tau = G.new_zeros(3, n, k, dtype=torch.float32), G.new_zeros(k, dtype=torch.float32)
     X = torch.randn(n, width, device=G.device, generator=torch.Generator(G.device).manual_seed(0))
     for i in range(0, k, width):
@@ -508,8 +508,8 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
         H[i:, block], tau[block] = torch.geqrf(X[i:])
         unit = F.pad(torch.eye(width, device=G.device), (0, 0, i, n - i - width))
         K[:, block] = X = torch.ormqr(H[:, upto], tau[upto], unit)
-    # Of K's directions the best `rank` are the leading eigenvectors of K^T A K, [k, k]. eigh reads the lower triangle, so
-    # of the last block's A X no more than X^T A X is needed.
+    # Of K's directions the best `rank` are the leading eigenvectors of K^T A K, [k, k]. eigh reads the lower triangle,
+    # so of the last block's A X no more than X^T A X is needed.
     KAK = K.T @ AK
     KAK[-width:, -width:] = sum(GX @ GX.T for _, GX in halves(X))
     if not KAK.isfinite().all():
@@ -634,8 +634,8 @@ def group_of(p: Tensor, optimizer: ProjectedAdam) -> dict:
 
 
 class Linear(nn.Linear):
-    """y = x W^T, [..., in_features] -> [..., out_features]. Its backward pass sees to the gradient of W first, lets go of
-    x, and only then makes that of x, where autograd would hold all three at once: 0.19 GiB in a 7B at 16 x 512."""
+    """y = x W^T, [..., in_features] -> [..., out_features]. Its backward pass sees to the gradient of W first, lets go
+    of x, and only then makes that of x, where autograd would hold all three at once: 0.19 GiB in a 7B at 16 x 512."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -689,10 +689,8 @@ def project_factors(module: Linear, p: Tensor, dY: Tensor, X: Tensor) -> bool:
         return False
     if p.grad is None:
         p.grad = ProjectedGradient(p, optimizer)
-    if (
-        not isinstance(p.grad, ProjectedGradient) or p.grad.optimizer() is not optimizer
-    ):  # somebody set it: autograd adds
-        return False
+    elif not isinstance(p.grad, ProjectedGradient) or p.grad.optimizer() is not optimizer:
+        return False  # somebody set it: autograd adds to that
     P = optimizer.state[p]["basis"].to(X.dtype)
     p.grad.add_gradient(R=dY.T @ (X @ P) if is_tall(p) else (dY @ P).T @ X)
     return True

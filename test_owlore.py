@@ -1029,6 +1029,15 @@ def test_outlier_distribution_equals_brute_force(kind, threshold):
     assert model.training and not any(m._forward_pre_hooks for m in model.modules())
 
 
+def test_scores_of_bf16_weights_are_computed_in_fp32():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 64).bfloat16(), torch.randn(3000, 64).bfloat16()
+    A = linear.weight.float().abs() * x.float().square().sum(0).sqrt()
+    for threshold in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
+        expected = (A > threshold * A.mean()).float().mean()
+        assert outlier_distribution(linear, [linear], [x], threshold) == expected
+
+
 def test_an_adapter_of_peft_does_not_change_the_scores():
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     shape = dict(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -1436,6 +1445,19 @@ def test_state_dict_round_trips_bit_for_bit(dtype, in_backward):
         for key, value in straight[2].state[q].items():
             got = resumed[2].state[p][key]
             assert torch.equal(got, value) and got.dtype == value.dtype if torch.is_tensor(value) else got == value
+
+
+def test_a_loaded_state_is_a_copy_and_matrices_have_their_own_noise():
+    twins = [nn.Parameter(torch.ones(50, 40, dtype=torch.bfloat16)) for _ in "ab"]
+    a, b = (ProjectedAdam(twins, lr=1e-4) for _ in "ab")
+    for p in twins:
+        p.grad = torch.ones_like(p)
+    a.step()
+    assert not torch.equal(*twins)
+    b.load_state_dict(a.state_dict())
+    before = a.state[twins[0]]["exp_avg"].clone()
+    b.step()
+    assert torch.equal(a.state[twins[0]]["exp_avg"], before)
 
 
 def state_bytes(optimizer: ProjectedAdam) -> int:
