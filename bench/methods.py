@@ -52,7 +52,7 @@ MIB = 2**20
 class KeepMoments(ProjectedAdam):
     """As in the published code: the moments stay, though the first one's coordinates are those of the basis before."""
 
-    def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor | None:
+    def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor:
         before = self.state[p].get("exp_avg")
         R = super()._project(group, p, G)
         if before is not None and "exp_avg" in self.state[p]:
@@ -63,7 +63,7 @@ class KeepMoments(ProjectedAdam):
 class ResetMoments(ProjectedAdam):
     """Both moments begin anew, and with them the steps that Adam's bias correction counts."""
 
-    def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor | None:
+    def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor:
         due = self._basis_is_due(group, p)
         R = super()._project(group, p, G)
         for key in ("exp_avg", "exp_avg_sq", "step") if due else ():
