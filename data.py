@@ -15,15 +15,15 @@ import os
 import re
 import warnings
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 TINY = Path(__file__).parent / "tiny"  # the embedded default: a small checkpoint with its data
@@ -212,8 +212,46 @@ class TiktokenTokenizer:
         return self.model.decode([int(i) for i in ids if i < self.bos_id])
 
 
-Tokenizer = SentencePieceTokenizer | TiktokenTokenizer
-TOKENIZER_FILES = ("tokenizer.model", "original/tokenizer.model", "tokenizer.model.v3")
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, which says itself how it encodes. BOS and EOS stand beside it, in `tokenizer_config.json` as
+    tokens or else in `config.json` as ids; -1 if there is none."""
+
+    def __init__(self, raw: bytes, folder: Path):
+        import tokenizers
+
+        try:
+            self.model = tokenizers.Tokenizer.from_buffer(raw)
+        except Exception as error:  # the package raises no other
+            raise ValueError(error) from None
+        self.model.no_truncation()  # what it was last used with may be saved in it
+        self.model.no_padding()
+        self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.bos_id, self.eos_id = self.special(folder, "bos_token"), self.special(folder, "eos_token")
+
+    def special(self, folder: Path, key: str) -> int:
+        """The id of "bos_token" or "eos_token"."""
+        files = folder / "tokenizer_config.json", folder / "config.json"
+        settings, config = (read_json(file) if file.is_file() else {} for file in files)
+        if key in settings:
+            token = settings[key]["content"] if isinstance(settings[key], dict) else settings[key]
+            id = -1 if token is None else self.model.token_to_id(str(token))
+        else:
+            id = config.get(f"{key}_id", -1)
+            id = id[0] if isinstance(id, list) and id else id  # chat models may end in one of several
+        if not isinstance(id, int | None) or id is None and settings.get(key):
+            raise ValueError(f"its {key} is not one of its tokens")
+        return -1 if id is None else id
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        before, after = [self.bos_id] * (bos and self.bos_id >= 0), [self.eos_id] * (eos and self.eos_id >= 0)
+        return before + self.model.encode(text, add_special_tokens=False).ids + after
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode([int(i) for i in ids])
+
+
+Tokenizer = SentencePieceTokenizer | TiktokenTokenizer | HuggingFaceTokenizer
+TOKENIZER_FILES = ("tokenizer.model", "original/tokenizer.model", "tokenizer.model.v3", "tokenizer.json")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -227,9 +265,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = next((path / name for name in TOKENIZER_FILES if (path / name).is_file()), path / TOKENIZER_FILES[0])
     try:
         raw = path.read_bytes()
+        if path.suffix == ".json":
+            return HuggingFaceTokenizer(raw, path.parent)
         return TiktokenTokenizer(raw) if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw) else SentencePieceTokenizer(raw)
-    except ImportError:
-        raise InputError(f"{path}: LLaMA-3's tokenizer needs one more package: pip install tiktoken") from None
+    except ImportError as error:
+        raise InputError(f"{path}: this tokenizer needs one more package: pip install {error.name}") from None
     except (RuntimeError, OSError, ValueError) as error:
         raise InputError(f"{path}: not a tokenizer ({str(error)[:100]}); copy the model's own there") from None
 
@@ -255,6 +295,8 @@ def fit(ids: list[int], length: int) -> list[int]:
 def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """The same ids as `tokenizer.encode(text, bos=False)`, int32 [tokens], but encoded line by line: the time that
     SentencePiece takes grows with the square of a text's length."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):  # its time does not, and how it treats newlines is up to its file
+        return np.array(tokenizer.encode(text, bos=False), dtype=np.int32)
     # Blank lines stay with the line before them, as LLaMA-3 has tokens of several newlines.
     first, *lines = re.split(r"(?<=\n)(?=[^\S\r\n]*\S)", text)
     # SentencePiece puts a blank before each text. After a newline it does not, so we encode one and leave it out.
@@ -296,29 +338,148 @@ def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int, eos
 @dataclass
 class Dataset:
     """Rows of token ids. ids: int32 [tokens], context complemented. rows: int64 [N, 2], where each begins and ends.
-    records: the multiple-choice ones, for accuracy. truncated: how many rows were cut to the sequence length."""
+    records: the multiple-choice ones, for accuracy. truncated: how many rows were cut to the sequence length. groups:
+    the rows that count as one row of a step, each by itself unless they are packed."""
 
     ids: np.ndarray
     rows: np.ndarray
     records: list[Record]
     truncated: int = 0
 
-    def batch(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
-        """tokens and targets, int64 [B, T], of the rows `index`, padded to the longest. Targets are the tokens one
-        ahead, or -100 where there is no loss."""
-        rows = [torch.from_numpy(self.ids[begin:end].astype(np.int64)) for begin, end in self.rows[index]]
-        rows = pad_sequence(rows, batch_first=True, padding_value=~0)
-        tokens, targets = rows[:, :-1], rows[:, 1:]
-        return torch.where(tokens < 0, ~tokens, tokens), torch.where(targets < 0, -100, targets)
+    def __post_init__(self):
+        self.groups = [[n] for n in range(len(self.rows))]
+
+    def __getitem__(self, n: int) -> np.ndarray:
+        """The ids of a row, int32 [tokens]."""
+        begin, end = self.rows[n]
+        return self.ids[begin:end]
+
+    def batch(self, index: Sequence[int]) -> tuple[Tensor, Tensor, "Layout"]:
+        """Tokens int64 [N] and targets [K] of the rows `index`, laid end to end, shortest first, and their layout."""
+        return lay_out([[row] for row in sorted((self[n] for n in index), key=len)])[:3]
+
+    def packed(self, seq_len: int, seed: int) -> list[list[int]]:
+        """All rows in a random order, put together as long as they read no more than seq_len tokens."""
+        groups, room = [], -1
+        for n in np.random.default_rng(seed).permutation(len(self.rows)):
+            length = len(self[n]) - 1
+            if length > room:
+                groups.append([])
+                room = seq_len
+            groups[-1].append(n)
+            room -= length
+        return groups
 
     def predicts(self) -> bool:
         """Whether any row has a target."""
-        return any((self.ids[begin + 1 : end] >= 0).any() for begin, end in self.rows)
+        return any((row[1:] >= 0).any() for row in self)
 
     def sample(self, count: int, seed: int) -> list[Tensor]:
         """The tokens of at most `count` rows drawn at random, int64 [1, T] each, to calibrate on."""
         order = np.random.default_rng(seed).permutation(len(self.rows))[:count]
-        return [self.batch([n])[0] for n in order]
+        return [self.batch([n])[0][None] for n in order]
+
+
+# Batches without padding
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a batch stand. They lie end to end, row by row, [N], without padding; only attention puts them
+    back into rows, [B, T] for each group of rows that are about as long, with padding at the right, where causal
+    attention does not look.
+
+    A row may branch: behind a common beginning, branch 0, it has several continuations that do not see each other.
+    """
+
+    shapes: list[tuple[int, int]]  # B, T of each group
+    positions: Tensor  # int [N]: of each token in its row, for a branch counted on from where it begins
+    places: Tensor | None = (
+        None  # int [N]: where in the groups, laid end to end, a token stands; None: nothing is padded
+    )
+    predicting: Tensor | None = None  # int [K]: the tokens that have a target; None: all
+    branches: Tensor | None = None  # int [N]; None: no row branches
+
+    def pad(self, x: Tensor) -> list[Tensor]:
+        """[N, ...] -> [B, T, ...] of each group, with zeros where there is no token."""
+        sizes = [B * T for B, T in self.shapes]
+        if self.places is not None:
+            x = x.new_zeros(sum(sizes), *x.shape[1:]).index_copy(0, self.places, x)
+        return [part.unflatten(0, shape) for part, shape in zip(x.split(sizes), self.shapes)]
+
+    def unpad(self, groups: list[Tensor]) -> Tensor:
+        """[B, T, ...] of each group -> [N, ...]."""
+        x = torch.cat([group.flatten(0, 1) for group in groups]) if len(groups) > 1 else groups[0].flatten(0, 1)
+        return x if self.places is None else x.index_select(0, self.places)
+
+    def to(self, device: str) -> "Layout":
+        """The same on a device."""
+        return Layout(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+
+    def masks(self, window: int | None) -> list[Tensor | None]:
+        """What each token of a group may see: bool [B or 1, 1, T, T], None if that is all before it, and itself."""
+        masks = []
+        positions = self.pad(self.positions)
+        branches = [None] * len(self.shapes) if self.branches is None else self.pad(self.branches)
+        for (_, T), position, branch in zip(self.shapes, positions, branches):
+            order = torch.arange(T, device=position.device)
+            seen = (order[:, None] >= order)[None]  # [1, T, T]
+            if branch is not None:
+                seen = seen & ((branch[:, None] == 0) | (branch[:, None] == branch[:, :, None]))
+            if window is not None and T > window:
+                seen = seen & (position[:, :, None] - position[:, None] < window)
+            masks.append(None if branch is None and (window is None or T <= window) else seen[:, None])
+        return masks
+
+
+def common_beginning(rows: Sequence[np.ndarray]) -> int:
+    """How many tokens all rows begin with, but for the last of a row, which is not read."""
+    heads = np.stack([row[: min(map(len, rows)) - 1] for row in rows])
+    return int(np.argmax([*(heads != heads[0]).any(0), True]))
+
+
+SPREAD = 1.25  # how many times the shortest row of a group the longest may be: a tenth of attention is padding then
+
+
+def lay_out(examples: Sequence[Sequence[np.ndarray]]) -> tuple[Tensor, Tensor, Layout, list[int]]:
+    """Lay examples end to end. The rows of one, ids int32 [tokens] with context complemented, share what they have in
+    common at the beginning: it is read once, and the rest of each row is a branch.
+
+    Returns tokens int64 [N], targets int64 [K], their layout, and the number of targets in each example's common
+    beginning, and then in the rest of each of its rows, example by example. Put like lengths side by side: what follows
+    one another is a group as long as that pads little.
+    """
+    tokens, positions, branches, predicting, targets, counts, lengths, n = [], [], [], [], [], [], [], 0
+    for rows in examples:
+        common, begun = common_beginning(rows), n
+        parts = [(rows[0][:common], rows[0][1:common])]  # what is read, and what is to be predicted
+        parts += [(row[common:-1], row[max(common, 1) :]) for row in rows]
+        for branch, (read, told) in enumerate(parts):
+            readers = np.arange(n, n + len(read))
+            if branch and common:  # it goes on from the last token of the common beginning
+                readers = np.append(begun + common - 1, readers)
+            tokens.append(np.where(read < 0, ~read, read))
+            positions.append(np.arange(len(read)) + common * (branch > 0))
+            branches.append(np.full(len(read), branch))
+            predicting.append(readers[: len(told)][told >= 0])
+            targets.append(told[told >= 0])
+            counts.append(len(targets[-1]))
+            n += len(read)
+        lengths.append(n - begun)
+    tokens, positions, branches, predicting, targets = (
+        torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in (tokens, positions, branches, predicting, targets)
+    )
+    groups = [[]]  # of lengths
+    for length in lengths:
+        if groups[-1] and max(*groups[-1], length) > SPREAD * min(*groups[-1], length):
+            groups.append([])
+        groups[-1].append(length)
+    shapes = [(len(group), max(*group, 1)) for group in groups]
+    begins = np.cumsum([0] + [T for B, T in shapes for _ in range(B)])
+    places = torch.cat([torch.arange(begin, begin + length) for begin, length in zip(begins, lengths)])
+    single = all(len(rows) == 1 for rows in examples)
+    layout = Layout(shapes, positions, None if n == begins[-1] else places,
+                    None if single and len(targets) == n else predicting, None if single else branches)  # fmt: skip
+    return tokens, targets, layout, counts
 
 
 # Files

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import InputError, Tokenizer, atomic_write, command, load_tokenizer, read_json
+from data import InputError, Layout, Tokenizer, atomic_write, command, load_tokenizer, read_json
 from owlore import Linear
 
 
@@ -110,7 +110,7 @@ def rotary(config: ModelConfig, positions: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn neighbouring pairs, each read as a complex number. x: [B, T, heads, head_dim]; rotation: [T, head_dim/2]."""
+    """Turn neighbouring pairs, each read as a complex number. x: [N, heads, head_dim]; rotation: [N, head_dim / 2]."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).type_as(x)
 
@@ -146,20 +146,23 @@ class Attention(nn.Module):
         self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.wo = Linear(config.n_heads * config.head_dim, config.dim)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: dict | None = None) -> Tensor:
-        """x: [B, T, dim] -> [B, T, dim]. mask: bool [T, keys], or None for plain causal attention."""
-        B, T, _ = x.shape
-        q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), rotation).transpose(1, 2)
-        k = rotate(self.wk(x).view(B, T, self.n_kv_heads, self.head_dim), rotation).transpose(1, 2)
-        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, n_kv_heads, T, head_dim]
-        if cache is not None:
-            if self in cache:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[self], (k, v)))
-            cache[self] = k, v
-        # A single query sees every key. For more, torch's causal mask is right only with as many keys as queries.
-        causal, grouped = mask is None and T > 1, self.n_heads != self.n_kv_heads
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))  # y: [B, n_heads, T, head_dim]
+    def forward(self, x: Tensor, rotation: Tensor, layout: Layout, masks: list, cache: dict | None = None) -> Tensor:
+        """x: [N, dim] -> [N, dim]. masks: of each group of rows, bool [..., T, keys], or None for plain causal attention."""
+        q = rotate(self.wq(x).view(-1, self.n_heads, self.head_dim), rotation)
+        k = rotate(self.wk(x).view(-1, self.n_kv_heads, self.head_dim), rotation)
+        v = self.wv(x).view(-1, self.n_kv_heads, self.head_dim)
+        groups, grouped = [], self.n_heads != self.n_kv_heads
+        for *qkv, mask in zip(layout.pad(q), layout.pad(k), layout.pad(v), masks):
+            q, k, v = (t.transpose(1, 2) for t in qkv)  # [B, heads, T, head_dim]
+            if cache is not None:
+                if self in cache:
+                    k, v = (torch.cat(pair, dim=2) for pair in zip(cache[self], (k, v)))
+                cache[self] = k, v
+            # A single query sees every key. For more, torch's causal mask is right only with as many keys as queries.
+            causal = mask is None and q.shape[2] > 1
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+            groups.append(y.transpose(1, 2))  # [B, T, heads, head_dim]
+        return self.wo(layout.unpad(groups).flatten(1))
 
 
 class SwiGLU(torch.autograd.Function):
@@ -204,9 +207,9 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config)
         self.ffn_norm = RMSNorm(config)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: dict | None = None) -> Tensor:
-        """x: [B, T, dim] -> [B, T, dim]."""
-        x = x + self.attention(self.attention_norm(x), rotation, mask, cache)
+    def forward(self, x: Tensor, rotation: Tensor, layout: Layout, masks: list, cache: dict | None = None) -> Tensor:
+        """x: [N, dim] -> [N, dim]."""
+        x = x + self.attention(self.attention_norm(x), rotation, layout, masks, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -229,39 +232,48 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
-    def hidden(self, tokens: Tensor, cache: dict | None = None) -> Tensor:
-        """tokens: int [B, T] -> what the output head reads: [B, T, dim].
+    def hidden(self, tokens: Tensor, layout: Layout | None = None, cache: dict | None = None) -> Tensor:
+        """What the output head reads: [K, dim] of the tokens int [N] that have a target in their layout, or [B, T, dim]
+        of all tokens int [B, T] of full rows.
 
         cache: empty at first, then what the tokens before these left in it: their number under "length", and for each
         attention module its keys and values, [B, n_kv_heads, length, head_dim].
         """
-        T, start = tokens.shape[1], cache.get("length", 0) if cache is not None else 0
-        positions = torch.arange(start, start + T, device=tokens.device)
-        rotation = rotary(self.config, positions)
-        window = self.config.sliding_window or start + T
-        mask = None
-        if start + T > window or (start > 0 and T > 1):
-            distance = positions[:, None] - torch.arange(start + T, device=tokens.device)  # [T, start + T]
-            mask = (distance >= 0) & (distance < window)
-        x = self.tok_embeddings(tokens)
+        start, shape, masks = cache.get("length", 0) if cache is not None else 0, tokens.shape, [None]
+        if layout is None:
+            positions = torch.arange(start, start + shape[1], device=tokens.device)
+            layout = Layout([tuple(shape)], positions.repeat(shape[0]))
+        if start == 0:
+            masks = layout.masks(self.config.sliding_window)
+        elif shape[1] > 1 or self.config.sliding_window:
+            distance = positions[:, None] - torch.arange(start + shape[1], device=tokens.device)  # [T, start + T]
+            masks = [(distance >= 0) & (distance < (self.config.sliding_window or math.inf))]
+        rotation = rotary(self.config, layout.positions)  # [N, head_dim / 2]
+        x = self.tok_embeddings(tokens.flatten())  # [N, dim]
         for layer in self.layers:
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotation, mask, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, rotation, layout, masks, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, rotation, mask, cache)
+                x = layer(x, rotation, layout, masks, cache)
         if cache is not None:
-            cache["length"] = start + T
-        return self.norm(x)
+            cache["length"] = start + shape[1]
+        if layout.predicting is not None:
+            x = x.index_select(0, layout.predicting)  # [K, dim]
+        return self.norm(x).unflatten(0, shape) if tokens.dim() == 2 else self.norm(x)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: dict | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, layout: Layout | None = None) -> Tensor:
         """tokens: int [B, T] -> logits [B, T, vocab_size]; with targets: int [B, T], the mean loss (a scalar, fp32, in
-        nats) over the targets that are not -100, without ever holding all logits. `hidden` says what a cache is."""
-        hidden = self.hidden(tokens, cache)
+        nats) over the targets that are not -100, without ever holding all logits. With a layout: tokens [N], laid end
+        to end, and targets [K]."""
         if targets is None:
-            return self.output(hidden)
+            return self.output(self.hidden(tokens, layout))
+        hidden = self.hidden(tokens, layout)
+        if layout is None:
+            kept = targets != -100
+            hidden, targets = hidden[kept], targets[kept]
         # Under no_grad, too, a Function believes that a parameter needs a gradient, and would compute it.
         head = self.output.weight if torch.is_grad_enabled() else self.output.weight.detach()
-        return ChunkedCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten())
+        return ChunkedCrossEntropy.apply(hidden, head, targets)
 
 
 class LoRALinear(nn.Module):
@@ -298,20 +310,20 @@ def add_lora(model: Transformer, rank: int, alpha: float) -> None:
 CHUNK = 2**24  # logits computed at once: 64 MiB in fp32
 
 
-def logits_gradient(logits: Tensor, log_z: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """(softmax(logits) - onehot(targets)) * scale, written over the logits of some tokens for some of the vocabulary.
+def logits_gradient(logits: Tensor, log_z: Tensor, targets: Tensor, count: int) -> Tensor:
+    """(softmax(logits) - onehot(targets)) / count, written over the logits of some tokens for some of the vocabulary.
 
     logits: fp32 [n, v]; log_z: [n, 1], log(sum(exp)) over the whole vocabulary; targets: int [n, 1], counted from the
-    first of the v words, so that those outside 0 ... v - 1 belong to other words; scale: [n, 1].
+    first of the v words, so that those outside 0 ... v - 1 belong to other words.
     """
     softmax = logits.sub_(log_z).exp_()
     inside = (targets >= 0) & (targets < logits.shape[1])
     softmax.scatter_add_(1, targets.clamp(0, logits.shape[1] - 1), -inside.float())
-    return softmax.mul_(scale)
+    return softmax.div_(count)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy((hidden @ weight.T).float(), targets), with no more than CHUNK logits at a time.
+    """F.cross_entropy((hidden @ weight.T).float(), targets), with no more than CHUNK logits at a time; 0 of no tokens.
 
     A chunk's gradient is ready as soon as its logits are, so the forward pass computes it while it has them, and the
     backward pass only scales it. This saves 2.0 GiB of a 7B's step at 16 x 512 beside F.cross_entropy of all logits.
@@ -319,32 +331,30 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """hidden: [N, dim]; weight: [V, dim]; targets: int [N] -> mean loss, a scalar in fp32."""
-        N, V = len(hidden), len(weight)
+        """hidden: [K, dim]; weight: [V, dim]; targets: int [K] -> mean loss, a scalar in fp32."""
+        K, V = len(hidden), len(weight)
         targets = targets[:, None]
-        kept = (targets != -100).float()
-        scale = kept / kept.sum().clamp(min=1)  # [N, 1]: a token's share of the mean
-        loss, log_z = scale.new_zeros(()), torch.empty_like(scale)
+        loss, log_z = hidden.new_zeros((), dtype=torch.float32), hidden.new_empty((K, 1), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         # In bf16 a sum over many chunks of tokens would be a percent or two off, as each addition rounds. So there the
         # weight's gradient is one product over all tokens, for a few words at a time, from logits computed once more.
-        rows, words = max(1, CHUNK // V), max(1, CHUNK // N)
-        by_words = grad_weight is not None and N > rows and weight.dtype != torch.float32
-        for n in range(0, N, rows):
-            h, t, s = (x[n : n + rows] for x in (hidden, targets, scale))
+        rows, words = max(1, CHUNK // V), max(1, CHUNK // max(1, K))
+        by_words = grad_weight is not None and K > rows and weight.dtype != torch.float32
+        for n in range(0, K, rows):
+            h, t = hidden[n : n + rows], targets[n : n + rows]
             logits = (h @ weight.T).float()  # [rows, V]
             z = log_z[n : n + rows] = logits.logsumexp(1, keepdim=True)
-            loss += ((z - logits.gather(1, t.clamp(min=0))) * s).sum()
+            loss += (z - logits.gather(1, t)).sum() / K
             if any(ctx.needs_input_grad):
-                grad = logits_gradient(logits, z, t, s).to(weight.dtype)
+                grad = logits_gradient(logits, z, t, K).to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[n : n + rows])
             if grad_weight is not None and not by_words:
                 grad_weight.addmm_(grad.T, h)
         for v in range(0, V if by_words else 0, words):
-            logits = (hidden @ weight[v : v + words].T).float()  # [N, words]
-            grad = logits_gradient(logits, log_z, targets - v, scale).to(weight.dtype)
+            logits = (hidden @ weight[v : v + words].T).float()  # [K, words]
+            grad = logits_gradient(logits, log_z, targets - v, K).to(weight.dtype)
             torch.mm(grad.T, hidden, out=grad_weight[v : v + words])
         ctx.grads = grad_hidden, grad_weight
         return loss
@@ -369,7 +379,7 @@ def stream(model: Transformer, tokens: Tensor, max_new_tokens: int, temperature:
     cache = {}
     for _ in range(max_new_tokens):
         with torch.no_grad():  # entered at each step: a generator must not leave it set for its caller
-            logits = model.output(model.hidden(tokens, cache)[:, -1]).float()  # [B, V]
+            logits = model.output(model.hidden(tokens, cache=cache)[:, -1]).float()  # [B, V]
             if temperature < 1e-6:
                 tokens = logits.argmax(1, keepdim=True)
             else:

@@ -31,7 +31,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -213,8 +213,9 @@ def test_forward_equals_the_architecture_written_out(family):
 @pytest.mark.parametrize("pieces", [[1] * 20, [13, 1, 6], [20]])
 def test_cached_forward_equals_uncached(family, pieces):
     model, tokens, cache = build(family), random_tokens(2, 20), {}
-    cached = torch.cat([model(part, cache=cache) for part in tokens.split(pieces, dim=1)], dim=1)
-    torch.testing.assert_close(cached, model(tokens), atol=1e-5, rtol=0)  # other matmul shapes: fp32 rounding
+    hidden = torch.cat([model.hidden(part, cache=cache) for part in tokens.split(pieces, dim=1)], dim=1)
+    # other matmul shapes: fp32 rounding
+    torch.testing.assert_close(model.output(hidden), model(tokens), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral"])
@@ -259,7 +260,7 @@ def test_bf16_loss_has_the_gradients_of_fp64_however_many_its_chunks(monkeypatch
     monkeypatch.setattr(model_module, "CHUNK", 4 * V)
     torch.manual_seed(0)
     hidden, weight = torch.randn(N, 64).bfloat16(), (0.02 * torch.randn(V, 64)).bfloat16()
-    targets = torch.where(torch.rand(N) < 0.2, -100, torch.randint(V, (N,)))
+    targets = torch.randint(V, (N,))
     grads = []
     for dtype in (torch.bfloat16, torch.float64):
         h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
@@ -899,23 +900,110 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
 
 
+@pytest.fixture
+def tokenizer_json(tmp_path):
+    """A folder with a tokenizer.json alone: a byte-level BPE of a few hundred tokens, digits one by one."""
+    tokenizers = pytest.importorskip("tokenizers")
+    Digits, ByteLevel = tokenizers.pre_tokenizers.Digits, tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(split)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    flags = dict(initial_alphabet=ByteLevel.alphabet(), special_tokens=["<|start|>", "<|end|>", "<|pad|>"])
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False, **flags)
+    tokenizer.train_from_iterator((TINY / "text.txt").read_text().splitlines(), trainer)
+    tokenizer.enable_truncation(5)  # what it was last used with: not a part of how it encodes
+    tokenizer.enable_padding(length=9)
+    path = tmp_path / "json"
+    path.mkdir()
+    tokenizer.save(str(path / "tokenizer.json"))
+    names = {"bos_token": {"__type": "AddedToken", "content": "<|start|>"}, "eos_token": "<|end|>"}
+    names |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (path / "tokenizer_config.json").write_text(json.dumps(names))
+    return path
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=80))
+def test_tokenizer_json_alone_is_read(tokenizer_json, text):
+    tokenizer = load_tokenizer(tokenizer_json)
+    ids = tokenizer.encode(text, bos=False)
+    assert tokenizer.decode(ids) == text  # of single bytes and merges of them, so nothing is lost
+    assert tokenizer.encode(text, eos=True) == [0, *ids, 1] and (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+    assert tokenizer.decode([0, *ids, 1]) == text and tokenizer.vocab_size == 400 and max(ids, default=0) < 400
+    assert data.encode_long(tokenizer, text).tolist() == ids
+
+
+def test_tokenizer_json_encodes_as_transformers_does(tokenizer_json):
+    reference = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tokenizer_json)
+    tokenizer, random = load_tokenizer(tokenizer_json), np.random.default_rng(0)
+    pieces = "the~ a~7~42~\n~\n\n~  ~\t~é~e\u0301~日本~🙂~<|end|>~<|~'s~\u200b~½".split("~")
+    texts = ["".join(random.choice(pieces, n % 30)) for n in range(3000)]
+    for text in texts + (TINY / "text.txt").read_text().splitlines()[:500]:
+        assert tokenizer.encode(text, bos=False) == reference(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "settings_, config, ids",
+    [
+        ({"bos_token": None, "eos_token": "<|end|>"}, {"bos_token_id": 0, "eos_token_id": 2}, (-1, 1)),
+        ({}, {"bos_token_id": 0, "eos_token_id": [2, 1]}, (0, 2)),
+        (None, {"eos_token_id": None}, (-1, -1)),
+        (None, None, (-1, -1)),
+    ],
+)
+def test_bos_and_eos_stand_beside_tokenizer_json(tokenizer_json, settings_, config, ids):
+    for name, content in (("tokenizer_config.json", settings_), ("config.json", config)):
+        (tokenizer_json / name).unlink(missing_ok=True)
+        if content is not None:
+            (tokenizer_json / name).write_text(json.dumps({"_": 0} | content))
+    tokenizer = load_tokenizer(tokenizer_json)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == ids
+    bos, eos = ([i] * (i >= 0) for i in ids)
+    assert tokenizer.encode("a", eos=True) == [*bos, *tokenizer.encode("a", bos=False), *eos]
+
+
+def test_a_tokenizer_json_that_cannot_be_read_is_told_in_one_line(tokenizer_json, monkeypatch):
+    (tokenizer_json / "tokenizer_config.json").write_text('{"bos_token": "<|nowhere|>"}')
+    with pytest.raises(InputError, match="bos_token is not one of its tokens"):
+        load_tokenizer(tokenizer_json)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(InputError, match="pip install tokenizers"):
+        load_tokenizer(tokenizer_json)
+    monkeypatch.undo()
+    (tokenizer_json / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="not a tokenizer"):
+        load_tokenizer(tokenizer_json)
+    shutil.copy(TINY / "tokenizer.model", tokenizer_json)  # which comes first
+    assert load_tokenizer(tokenizer_json).vocab_size == load_tokenizer(TINY).vocab_size
+
+
+def test_a_run_on_a_folder_with_tokenizer_json_alone_hands_it_on(tokenizer_json, jsonl, tmp_path):
+    save_model(build(vocab_size=400, max_seq_len=256), tokenizer_json, "hf")
+    train_run(f"--ckpt {tokenizer_json} --data {jsonl} --batch-size 4 --steps 2 --out {tmp_path / 'run'}")
+    saved = tmp_path / "run" / "model"
+    assert (saved / "tokenizer.json").read_bytes() == (tokenizer_json / "tokenizer.json").read_bytes()
+    config = json.loads((saved / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (0, 1)
+    assert load_tokenizer(saved).encode("12 and", eos=True)[-1] == 1
+
+
 # Rows and batches
 
 
 def targets_of(records: list[dict], seq_len: int) -> list[list[int]]:
     """What each row is trained on."""
     dataset = build_dataset([parse_record(record) for record in records], Letters(), seq_len)
-    batches = [dataset.batch(np.array([n])) for n in range(len(dataset.rows))]
-    return [[t for t in targets[0].tolist() if t != -100] for _, targets in batches]
+    return [dataset.batch([n])[1].tolist() for n in range(len(dataset.rows))]
 
 
 def test_loss_is_on_completions_and_their_end_only():
     rows = [{"prompt": "xyz", "completion": "uv"}, {"prompt": "", "completion": "u"}]
     dataset = build_dataset([parse_record(row) for row in rows], Letters(), seq_len=20)
-    tokens, targets = dataset.batch(np.array([0, 1]))
-    assert tokens[0].tolist() == [1, *map(ord, "xyzuv")] and tokens[1, :2].tolist() == [1, ord("u")]
-    assert targets[0].tolist() == [-100, -100, -100, ord("u"), ord("v"), 2]
-    assert targets[1].tolist() == [ord("u"), 2, -100, -100, -100, -100]
+    tokens, targets, layout = dataset.batch([0, 1])
+    assert tokens.tolist() == [1, ord("u"), 1, *map(ord, "xyzuv")] and layout.shapes == [(1, 2), (1, 6)]
+    assert targets.tolist() == [ord("u"), 2, ord("u"), ord("v"), 2] and layout.predicting.tolist() == [0, 1, 5, 6, 7]
+    assert layout.positions.tolist() == [0, 1, 0, 1, 2, 3, 4, 5] and layout.places is None
     assert dataset.predicts() and dataset.truncated == 0 and not dataset.records
 
 
@@ -962,10 +1050,57 @@ def test_plain_text_rows_predict_each_token_once(texts, seq_len):
 
 def test_samples_are_rows_drawn_by_seed():
     dataset = build_dataset([Record([("", "abcdefgh" * 40)], plain=True)], Letters(), seq_len=7)
-    rows = [dataset.batch(np.array([n]))[0].tolist() for n in range(len(dataset.rows))]
+    rows = [[dataset.batch([n])[0].tolist()] for n in range(len(dataset.rows))]
     first, again, other = ([tokens.tolist() for tokens in dataset.sample(5, seed)] for seed in (0, 0, 1))
     assert first == again != other and len(first) == 5 and all(tokens in rows for tokens in first)
     assert len(dataset.sample(1000, 0)) == len(rows)
+
+
+id_rows = st.lists(st.integers(-9, 8), min_size=2, max_size=9)  # negative: context
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(id_rows, st.lists(id_rows, max_size=3)), min_size=1, max_size=4), st.sampled_from([None, 4]))
+def test_each_target_is_predicted_from_what_stands_before_it_in_its_row_and_nothing_else(examples, window):
+    """Whatever rows have in common: what a predicting token sees, in the order of positions, is the row up to there."""
+    examples = [[np.array(beginning + end) for end in (ends or [[]])] for beginning, ends in examples]
+    tokens, targets, layout, counts = data.lay_out(examples)
+    size = sum(B * T for B, T in layout.shapes)
+    places = torch.arange(size) if layout.places is None else layout.places
+    readers = torch.arange(len(tokens)) if layout.predicting is None else layout.predicting
+    sees, begin = torch.zeros(size, size).bool(), 0  # of all places, over the groups
+    for (B, T), mask in zip(layout.shapes, layout.masks(window)):
+        mask = torch.ones(T, T).tril().bool() if mask is None else mask
+        for row in mask.expand(B, 1, T, T)[:, 0]:
+            sees[begin : begin + T, begin : begin + T] = row
+            begin += T
+    assert layout.unpad(layout.pad(tokens)).tolist() == tokens.tolist()
+    found, parts = [], iter(torch.stack([readers, targets], 1).split(counts))
+    for rows in examples:
+        common = next(parts)
+        for _, part in zip(rows, parts):
+            for reader, target in torch.cat([common, part]).tolist():
+                seen = [n for n, place in enumerate(places) if sees[places[reader], place]]
+                seen.sort(key=lambda n: layout.positions[n])
+                assert layout.positions[seen].tolist() == list(range(layout.positions[reader] + 1))[-len(seen) :]
+                found.append([*tokens[seen].tolist(), target])
+    expected = []
+    for row in itertools.chain(*examples):
+        plain = np.where(row < 0, ~row, row).tolist()
+        expected += [plain[max(0, n - (window or n)) : n + 1] for n in range(1, len(row)) if row[n] >= 0]
+    assert sorted(found) == sorted(expected)
+    assert len(tokens) <= sum(len(row) - 1 for row in itertools.chain(*examples))
+
+
+def test_packed_rows_hold_each_row_once_and_no_more_than_fit():
+    rows = [{"prompt": "p" * (n % 23), "completion": "c" * (1 + n % 5)} for n in range(80)]
+    dataset = build_dataset([parse_record(row) for row in rows], Letters(), seq_len=30)
+    groups = dataset.packed(30, seed=1)
+    lengths = [sum(len(dataset[n]) - 1 for n in group) for group in groups]
+    assert sorted(sum(groups, [])) == list(range(80)) and max(lengths) <= 30 and len(groups) < 60
+    assert groups == dataset.packed(30, seed=1) != dataset.packed(30, seed=2)
+    following = [lengths[n] + len(dataset[groups[n + 1][0]]) - 1 for n in range(len(groups) - 1)]
+    assert min(following) > 30  # a row ends only where the next record does not fit
 
 
 # owlore.py: scores
@@ -2057,9 +2192,63 @@ def test_epochs_hold_every_row_once_in_an_order_of_their_own(checkpoint, jsonl):
     args = settings_of("--batch-size", 8, "--micro-batch-size", 3)
     rows = []
     for step in range(16):  # 60 rows are 8 steps
-        for tokens, targets, _ in train.step_batches(dataset, args, step):
-            rows += [(t[y != -100].tolist(), y[y != -100].tolist()) for t, y in zip(tokens, targets)]
+        for tokens, _, layout, _ in train.step_batches(dataset, args, step):
+            begins = (layout.positions == 0).nonzero().flatten().tolist()
+            rows += [tokens[begin:end].tolist() for begin, end in zip(begins, [*begins[1:], None])]
     assert len(rows) == 120 and rows[:60] != rows[60:] and sorted(rows[:60]) == sorted(rows[60:])
+
+
+PROJECTED = ["owlore --rank 8", "owlore --embeddings projected --rank 8", "galore --rank 8"]
+
+
+@pytest.mark.parametrize("method", [*PROJECTED, "lisa", "lora --rank 4", "full"])
+@pytest.mark.parametrize("family", ["llama1", "llama3.2", "mistral"])  # plain; tied, grouped heads; sliding window
+@pytest.mark.parametrize("recompute", [False, True])
+def test_rows_laid_end_to_end_give_the_losses_and_gradients_of_each_alone(method, family, recompute):
+    """Also of packed rows, for those are no more than rows laid end to end."""
+    limit = 24
+    lengths = [limit, 3, 9, 17, 2, limit, 11]
+    rows = [{"prompt": "p" * (n // 2 - 1), "completion": "cdefghijklmnopqrstuvwxyz"[: n - n // 2]} for n in lengths]
+    dataset = build_dataset([parse_record(row) for row in rows], Letters(), limit)
+    assert sorted(len(row) - 1 for row in dataset) == sorted(lengths)
+    model = build(family, vocab_size=300)
+    model.checkpoint_blocks = recompute
+    args = settings_of("--method", *method.split(), "--batch-size", len(rows))
+    if args.method == "lora":
+        add_lora(model, args.rank, args.lora_alpha)
+        for name, p in model.named_parameters():
+            torch.nn.init.normal_(p, std=0.1) if name.endswith(".B") else None
+    optimizer = train.build_optimizer(model, args)
+    if args.sampling:
+        LayerSampler(model.layers, torch.ones(3), 2).resample()
+    optimizer.micro_batches = 100  # the sums of projected gradients wait, whole, for the last
+    results = []
+    for batches in ([range(7)], [[n] for n in range(7)]):
+        optimizer.zero_grad()
+        batches = [dataset.batch(batch) for batch in batches]
+        total = sum(len(targets) for _, targets, _ in batches)
+        loss = sum(model(*batch) * (len(batch[1]) / total) for batch in batches)
+        loss.backward()
+        grads = {n: p.grad.G if isinstance(p.grad, owlore.ProjectedGradient) else p.grad
+                 for n, p in model.named_parameters() if p.grad is not None}  # fmt: skip
+        results.append((loss.detach(), grads))
+    (loss, grads), (expected, wanted) = results
+    # The same sums in another order, in fp32: 6e-8 a rounding, some dozens of them
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert grads.keys() == wanted.keys() and len(grads) > 5
+    for name, grad in grads.items():
+        assert (grad - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+
+
+def test_a_packed_run_counts_rows_of_several_records_and_tokens_of_text(base, checkpoint, jsonl, tmp_path):
+    code, text, error = cli(f"{base} --val-data {jsonl} --pack --seq-len 64 --out {tmp_path / 'run'}")
+    assert code == 0, error
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    dataset = build_dataset(load_records(jsonl), load_tokenizer(checkpoint), 64)
+    groups = dataset.packed(64, 0)
+    assert f"60 records in {len(groups)} rows, {len(rows)} steps" in text and len(rows) == math.ceil(len(groups) / 4)
+    read = sum(row["tokens_per_second"] * row["seconds"] for row in rows)
+    assert read == pytest.approx(sum(len(row) - 1 for row in dataset), abs=0.01)
 
 
 def test_rank_zero_is_owlore_without_projection(base, tmp_path):

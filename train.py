@@ -39,17 +39,20 @@ from data import (
     TINY,
     Dataset,
     InputError,
+    Layout,
     Record,
     Tokenizer,
     atomic_write,
     build_dataset,
     command,
+    common_beginning,
     copy_tokenizer,
+    lay_out,
     load_records,
     read_json,
     split_records,
 )
-from model import ModelConfig, Transformer, add_lora, checkpoint_layout, load, read_checkpoint, save_model
+from model import CHUNK, ModelConfig, Transformer, add_lora, checkpoint_layout, load, read_checkpoint, save_model
 from owlore import LayerSampler, ProjectedAdam, outlier_distribution, sampling_probabilities
 
 CALIBRATION_ROWS = 32  # of calibration text: enough that D_l moves by a few percent at most with the rows drawn
@@ -93,10 +96,9 @@ def run(args: argparse.Namespace) -> None:
         print(layer_chart({"outliers %": 100 * outliers, "p": p}))
     optimizer = build_optimizer(model, args)  # 3. project
     step, skipped, before, after = restore(state, model, optimizer, sampler, data) if state else (0, 0, None, None)
-    steps = args.steps or args.epochs * math.ceil(len(data.rows) / args.batch_size)
-    print(
-        f"{args.method}: {args.ckpt} on {args.data}, {len(data.rows)} rows, {steps} steps, {args.device}, {args.dtype}"
-    )
+    steps = args.steps or args.epochs * math.ceil(len(data.groups) / args.batch_size)
+    rows = f"{len(data.rows)} " + (f"records in {len(data.groups)} rows" if args.pack else "rows")
+    print(f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {args.device}, {args.dtype}")
 
     with run_folder(args) as out, open_metrics(out, state) as metrics, note_signals() as signals:
         if not state:
@@ -151,8 +153,8 @@ def training_step(
     optimizer.zero_grad()
     optimizer.micro_batches = len(micro_batches)
     loss = 0.0
-    for tokens, targets, share in micro_batches:
-        part = model(tokens, targets) * share
+    for *batch, share in micro_batches:
+        part = model(*batch) * share
         part.backward()  # projects each matrix's gradient as soon as it is there
         loss = loss + part.detach()
     norm = optimizer.clip_grad_norm_(max_grad_norm)
@@ -162,15 +164,16 @@ def training_step(
     return loss, norm
 
 
-def step_batches(data: Dataset, args: argparse.Namespace, step: int) -> list[tuple[Tensor, Tensor, float]]:
-    """The micro-batches of a step: tokens, targets (int64 [B, T]), and their share of the step's targets."""
+def step_batches(data: Dataset, args: argparse.Namespace, step: int) -> list[tuple[Tensor, Tensor, Layout, float]]:
+    """The micro-batches of a step: tokens, targets, layout, as `lay_out`, and their share of the step's targets."""
     # The order of an epoch is a function of seed and epoch alone, so a resumed run reads what it would have read.
-    epoch, position = divmod(step, math.ceil(len(data.rows) / args.batch_size))
-    order = np.random.default_rng([args.seed, epoch]).permutation(len(data.rows))
-    index = order[position * args.batch_size : (position + 1) * args.batch_size]
-    batches = [data.batch(index[n : n + args.micro_batch_size]) for n in range(0, len(index), args.micro_batch_size)]
-    counts = [(targets != -100).sum().item() for _, targets in batches]
-    return [(*(t.to(args.device) for t in batch), count / max(sum(counts), 1)) for batch, count in zip(batches, counts)]
+    epoch, position = divmod(step, math.ceil(len(data.groups) / args.batch_size))
+    order = np.random.default_rng([args.seed, epoch]).permutation(len(data.groups))
+    groups = [data.groups[n] for n in order[position * args.batch_size :][: args.batch_size]]
+    parts = [groups[n : n + args.micro_batch_size] for n in range(0, len(groups), args.micro_batch_size)]
+    batches = [data.batch(sum(part, [])) for part in parts]
+    total = max(sum(len(targets) for _, targets, _ in batches), 1)
+    return [(*(t.to(args.device) for t in batch), len(batch[1]) / total) for batch in batches]
 
 
 # Who is trained, and how
@@ -201,22 +204,39 @@ def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAd
     return optimizer
 
 
-def activations_fit(model: Transformer, args: argparse.Namespace) -> bool:
-    """Whether a GPU has room for the activations of all blocks, besides weights, gradients and optimizer state. If not,
-    blocks are recomputed in the backward pass, which takes a quarter more time."""
-    if not args.device.startswith("cuda"):
-        return True
-    c, size = model.config, model.output.weight.element_size()
-    needed = 2 * 2**30  # what the rest takes: logits, one block's backward pass, what the allocator cannot use
+def step_memory(model: Transformer, args: argparse.Namespace, recompute: bool) -> int:
+    """Bytes of a training step at its peak: within 3 % of what bench/memory.py counts, tensor by tensor, at 7B."""
+    c, size, tokens = model.config, model.output.weight.element_size(), args.micro_batch_size * args.seq_len
+    share = args.active / c.n_layers if args.sampling else 1.0  # of the layers, that is trained
+    held, ends, blocks, whole = 0, 0, 0, 0  # weights with their state; gradients of embedding and head; of blocks
     for name, p in model.named_parameters():
-        kind, share = how_trained(name, p, args), args.active / c.n_layers if name.startswith("layers.") else 1
-        if kind == "projected":  # fp32: basis, two moments, R
-            needed += share * 4 * min(args.rank, *p.shape) * (min(p.shape) + 3 * max(p.shape))
-        elif kind == "plain":  # two fp32 moments, the gradient
-            needed += share * (8 + size) * p.numel()
-    kept = 5 * c.dim + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 4 * c.hidden_dim  # by a block, of each token
-    needed += args.micro_batch_size * args.seq_len * c.n_layers * kept * size
-    return needed < torch.cuda.mem_get_info(args.device)[0]
+        kind, inside = how_trained(name, p, args), name.startswith("layers.")
+        held += size * p.numel()
+        gradient, state = 0, 0
+        if kind == "plain":
+            gradient, state = size * p.numel(), 8 * p.numel()
+        elif kind == "projected":  # R, of which there are two moments, and the basis
+            rank, (small, large) = min(args.rank, *p.shape), sorted(p.shape)
+            gradient, state = 4 * rank * large, 4 * rank * (2 * large + small)
+            whole = max(whole, size * p.numel())  # one gradient is, at a time
+        held, blocks = held + state * (share if inside else 1), blocks + gradient * share * inside
+        ends += gradient * (not inside)
+    # What a block keeps of each token: its two inputs, queries, keys, values and what attention makes of them, gate and
+    # up; if it is trained also the inputs of its linears and of the norms' weights
+    frozen = 2 * c.dim + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * c.hidden_dim
+    trained = frozen + (2 if args.method == "lora" else 4) * c.dim + c.hidden_dim
+    if recompute:  # its first input, and all the rest only while its backward pass runs
+        kept, working = c.n_layers * c.dim, trained + 2 * c.hidden_dim * (args.method == "lora")
+    else:
+        kept, working = c.n_layers * (share * trained + (1 - share) * frozen), 2 * c.hidden_dim
+    kept, working, output = (n * tokens * size for n in (kept, working, c.dim))
+    head = ends if args.micro_batch_size < args.batch_size else ends / 2  # the embedding's comes last, but it stays
+    return held + int(max(
+        kept + output + head + 3 * 4 * CHUNK + whole * (args.embeddings == "projected"),  # the loss
+        kept + output + head + working,  # the backward pass of the last block
+        kept / c.n_layers + output + head + working + blocks * (1 - 1 / c.n_layers),  # of the first one
+        output + ends + blocks + whole,  # and of the embedding
+    ))  # fmt: skip
 
 
 def score_layers(model: Transformer, data: Dataset, args: argparse.Namespace) -> Tensor:
@@ -232,17 +252,22 @@ def score_layers(model: Transformer, data: Dataset, args: argparse.Namespace) ->
 
 
 class Validation(NamedTuple):
-    """What a model is evaluated on: records, and a row for each choice of those that have choices."""
+    """What a model is evaluated on. examples: for each row of the dataset the row, and behind it one for each choice of
+    a record that has some."""
 
     dataset: Dataset
-    choices: Dataset | None
+    examples: list[list[np.ndarray]]
 
 
 def build_validation(records: list[Record], tokenizer: Tokenizer, seq_len: int) -> Validation:
     """Tokenise validation records, and the choices of those that have some."""
-    rows = [Record([(record.turns[0][0], choice)]) for record in records for choice in record.choices]
-    choices = build_dataset(rows, tokenizer, seq_len, eos=False) if rows else None
-    return Validation(build_dataset(records, tokenizer, seq_len), choices)
+    dataset = build_dataset(records, tokenizer, seq_len)
+    examples = [[row] for row in dataset]
+    texts = [Record([(record.turns[0][0], choice)]) for record in dataset.records for choice in record.choices]
+    choices = iter(build_dataset(texts, tokenizer, seq_len, eos=False) if texts else ())
+    for rows, record in zip(examples, (record for record in records if not record.plain)):  # plain text comes last
+        rows += [next(choices) for _ in record.choices]
+    return Validation(dataset, examples)
 
 
 def evaluate(model: Transformer, validation: Validation, args: argparse.Namespace) -> dict[str, float]:
@@ -250,32 +275,40 @@ def evaluate(model: Transformer, validation: Validation, args: argparse.Namespac
     completion is the likeliest, `val_accuracy`, and by its log-likelihood per character, `val_accuracy_norm` (lm-eval's
     acc and acc_norm)."""
     model.eval()
-    losses, counts = row_losses(model, validation.dataset, args)
-    result = {"val_loss": losses.sum() / max(counts.sum(), 1)}
-    if validation.choices:
-        losses, _ = row_losses(model, validation.choices, args)
-        right, start = np.zeros(2), 0
-        for record in validation.dataset.records:
-            loss = losses[start : start + len(record.choices)]
-            start += len(record.choices)
-            right += [np.argmin(x) == record.answer for x in (loss, loss / [len(choice) for choice in record.choices])]
-        result["val_accuracy"], result["val_accuracy_norm"] = right / len(validation.dataset.records)
+    losses, counts = row_losses(model, validation.examples, args)
+    result = {"val_loss": sum(loss[0] for loss in losses) / max(sum(count[0] for count in counts), 1)}
+    if records := validation.dataset.records:
+        right = np.zeros(2)
+        for record, (_, *loss) in zip(records, (loss for loss in losses if len(loss) > 1)):
+            lengths = [len(choice) for choice in record.choices]
+            right += [np.argmin(x) == record.answer for x in (loss, np.divide(loss, lengths))]
+        result["val_accuracy"], result["val_accuracy_norm"] = right / len(records)
     model.train()
     return {name: float(value) for name, value in result.items()}
 
 
 @torch.no_grad()
-def row_losses(model: Transformer, dataset: Dataset, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """The summed loss of each row, in nats, and the number of its targets: [N] each."""
-    losses, counts = np.zeros((2, len(dataset.rows)))
-    order = np.argsort(dataset.rows[:, 1] - dataset.rows[:, 0], kind="stable")  # by length, so that little is padded
-    for n in tqdm(range(0, len(order), args.micro_batch_size), "evaluating", leave=False, disable=None):
-        index = order[n : n + args.micro_batch_size]
-        tokens, targets = (t.to(args.device) for t in dataset.batch(index))
-        kept, loss = targets != -100, torch.zeros(targets.shape, device=args.device)
-        parts = zip(model.hidden(tokens)[kept].split(512), targets[kept].split(512))  # all logits might not fit
-        loss[kept] = torch.cat([F.cross_entropy(model.output(h).float(), t, reduction="none") for h, t in parts])
-        losses[index], counts[index] = loss.sum(1).cpu(), kept.sum(1).cpu()
+def row_losses(model: Transformer, examples: list[list[np.ndarray]], args: argparse.Namespace) -> tuple[list, list]:
+    """The summed loss of each row of each example, in nats, and the number of its targets. What the rows of an example
+    have in common at the beginning is computed once."""
+    sizes = [sum(map(len, rows)) - (len(rows) - 1) * common_beginning(rows) for rows in examples]
+    groups, most = [[]], args.micro_batch_size * args.seq_len  # tokens at once: no more than training has
+    for n in np.argsort(sizes, kind="stable"):  # by length, so that attention pads little
+        if groups[-1] and (len(groups[-1]) + 1) * sizes[n] > most:
+            groups.append([])
+        groups[-1].append(n)
+    losses, counts = [None] * len(examples), [None] * len(examples)
+    for group in tqdm(groups, "evaluating", leave=False, disable=None):
+        tokens, targets, layout, parts = lay_out([examples[n] for n in group])
+        hidden = model.hidden(tokens.to(args.device), layout.to(args.device))  # [K, dim]
+        chunks = zip(hidden.split(512), targets.to(args.device).split(512))  # all logits might not fit
+        loss = torch.cat([F.cross_entropy(model.output(h).float(), t, reduction="none") for h, t in chunks])
+        sums = iter([part.sum().item() for part in loss.cpu().double().split(parts)])
+        parts = iter(parts)
+        for n in group:
+            begin, told = next(sums), next(parts)
+            losses[n] = [begin + next(sums) for _ in examples[n]]
+            counts[n] = [told + next(parts) for _ in examples[n]]
     return losses, counts
 
 
@@ -322,6 +355,7 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=at_least(1), default=16, help="rows in an optimizer step (default: %(default)s)")
     add("--micro-batch-size", type=at_least(1), help="rows at once in forward and backward (default: --batch-size)")
     add("--seq-len", type=at_least(1), help="tokens in a row (default: 512, or the model's context if that is shorter)")
+    add("--pack", action="store_true", help="fill each row with as many records as fit, as the published recipe does (default: one a row)")
     add("--epochs", type=at_least(1), default=1, help="default: %(default)s")
     add("--steps", type=at_least(1), help="optimizer steps; overrides --epochs")
     add("--eval-every", type=at_least(1), help="steps between evaluations (default: a quarter of the run)")
@@ -531,9 +565,14 @@ def load_inputs(source: Path, args: argparse.Namespace) -> tuple[Transformer, Da
     model, tokenizer = load(source, args)
     if args.method == "lora":
         add_lora(model, args.rank, args.lora_alpha)
-    model.checkpoint_blocks = not activations_fit(model, args)
+    if args.device.startswith("cuda"):
+        room = torch.cuda.mem_get_info(args.device)[0] + torch.cuda.memory_allocated(args.device)
+        # Recomputing takes a quarter more time. The 5 % are what the allocator cannot use.
+        model.checkpoint_blocks = 1.05 * step_memory(model, args, recompute=False) > room
     validation = build_validation(held_out, tokenizer, args.seq_len)
     data = None if args.eval_only else build_dataset(records, tokenizer, args.seq_len)
+    if args.pack and data:
+        data.groups = data.packed(args.seq_len, args.seed)
     for name, dataset in ((args.data, data), (args.val_data or "held-out part", validation.dataset)):
         if dataset and dataset.truncated:
             print(f"{name}: {dataset.truncated} of {len(dataset.rows)} records are longer than --seq-len {args.seq_len}: "

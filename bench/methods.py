@@ -6,9 +6,13 @@
     layers      active layers x rank, at equal tokens, equal time and equal memory, also as a picture
     recipe      the published recipe, with one setting changed at a time
 
+    embeddings  embedding and head frozen, projected, trained at a tenth of the rate, and at the rate
+    packing     one record a row, or as many as fit, at equal tokens
+
 Every row of a table has its own learning rate: the best on seed 0 out of --lrs, a grid that is extended as long as the
-best is at its end. All seeds then run at that one. A finished run is kept in runs/methods-cache.jsonl, under its flags
-and a checksum of code, checkpoint and data: a study that was interrupted goes on where it was.
+best is at its end. All seeds then run at that one. A finished run is kept in bench/results/methods-runs.jsonl, with the
+commit it was made by, under its flags and a checksum of checkpoint and data: a study that was interrupted goes on where
+it was, and --finished writes the tables of those that are there already, and names what they lack.
 
     python bench/methods.py methods sampling --ckpt tiny --data tiny/train.json --val-data tiny/val.json --seq-len 72
 """
@@ -23,6 +27,7 @@ import os
 import platform
 import re
 import shlex
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -43,7 +48,8 @@ import train  # noqa: E402
 from data import InputError, atomic_write, command  # noqa: E402
 from owlore import ProjectedAdam, sampling_probabilities  # noqa: E402
 
-CACHE, RESULTS = ROOT / "runs" / "methods-cache.jsonl", ROOT / "bench" / "results"
+RESULTS = ROOT / "bench" / "results"
+CACHE = RESULTS / "methods-runs.jsonl"
 MIB = 2**20
 
 # What a run may do otherwise than train.py
@@ -71,6 +77,23 @@ class ResetMoments(ProjectedAdam):
         return R
 
 
+class SlowEmbeddings(ProjectedAdam):
+    """Embedding and head are trained at a tenth of the learning rate."""
+
+    def __init__(self, params: list[dict], *args, **kwargs):
+        groups = []
+        for group in params:
+            wide = [p for p in group["params"] if p.dim() == 2 and "rank" not in group]
+            others = [p for p in group["params"] if all(p is not w for w in wide)]
+            groups += [group | {"params": others}] + [group | {"params": wide, "slower": 10}] * bool(wide)
+        super().__init__(groups, *args, **kwargs)
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            group["lr"] /= group.get("slower", 1)  # train.py sets it anew for each step
+        super().step()
+
+
 FLOOR = 0.5  # of the uniform probability: no layer's falls below
 
 
@@ -83,16 +106,20 @@ CHANGES = {
     "": contextlib.nullcontext(),
     "keep": patch.object(train, "ProjectedAdam", KeepMoments),
     "reset": patch.object(train, "ProjectedAdam", ResetMoments),
+    "tenth": patch.object(train, "ProjectedAdam", SlowEmbeddings),
     "floor": patch.object(train, "sampling_probabilities", floored),
 }
 
 # Runs
 
 
+class Unfinished(Exception):
+    """A run that --finished does not find."""
+
+
 def checksum(args: argparse.Namespace) -> int:
-    """Of all that a run's result depends on beside its flags: the code, the checkpoint and the data."""
-    files = [ROOT / name for name in ("owlore.py", "train.py", "model.py", "data.py")]
-    files += sorted(path for path in Path(args.ckpt).iterdir() if path.is_file())
+    """Of the checkpoint and the data."""
+    files = sorted(path for path in Path(args.ckpt).iterdir() if path.is_file())
     files += [Path(path) for path in (args.data, args.val_data) if path]
     total = 0
     try:
@@ -103,28 +130,33 @@ def checksum(args: argparse.Namespace) -> int:
     return total
 
 
-def cached(key: dict, compute: Callable[[], dict]) -> dict:
+def cached(args: argparse.Namespace, key: dict, compute: Callable[[], dict], finished: bool = False) -> dict:
     """The cache's value of a key, computed and added where there is none. The file is read each time: several studies
-    may run at once."""
+    may run at once. Raises Unfinished instead if only finished ones are wanted."""
+    key = {"ckpt": args.name, "data": Path(args.data).name, "files": args.files, **key}
     for line in CACHE.read_text().splitlines() if CACHE.exists() else []:
         entry = json.loads(line)
         if entry["key"] == key:
             return entry["value"]
+    if finished:
+        raise Unfinished
     value = compute()
-    CACHE.parent.mkdir(exist_ok=True)
+    commit = subprocess.run(["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    entry = {"key": key, "value": value, "date": str(datetime.date.today()), "commit": commit}
     with open(CACHE, "a") as file:
-        file.write(json.dumps({"key": key, "value": value}) + "\n")
+        file.write(json.dumps(entry) + "\n")
     return value
 
 
 def command_line(args: argparse.Namespace, flags: dict) -> list[str]:
     """train.py's arguments: the flags, and those that all runs share."""
-    shared = {name: getattr(args, name) for name in ("ckpt", "data", "val_data", "steps", "batch_size", "seq_len")}
+    names = ("ckpt", "data", "val_data", "steps", "epochs", "batch_size", "seq_len")
+    shared = {name: getattr(args, name) for name in names}
     flags = {"device": "cpu", **shared, **flags}
-    flags["eval_every"] = flags["steps"]  # an evaluation on the way would only cost time
+    flags["eval_every"] = flags["steps"] or 2**31 - 1  # an evaluation on the way would only cost time
     given = {flag: value for flag, value in flags.items() if value is not None}
     pairs = [(f"--{flag.replace('_', '-')}", value) for flag, value in given.items()]
-    return [text for flag, value in pairs for text in ([flag] if value is True else [flag, str(value)])]
+    return [t for flag, value in pairs if value is not False for t in ([flag] if value is True else [flag, str(value)])]
 
 
 def fill(args: argparse.Namespace, flags: dict) -> argparse.Namespace:
@@ -161,7 +193,9 @@ def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
             "seconds": sum(row["seconds"] for row in rows if "loss" in row),
         }
 
-    result = cached({"flags": vars(fill(args, flags)), "change": change, "files": args.files}, compute)
+    shared = {"steps": args.steps, "epochs": args.epochs, "batch_size": args.batch_size, "seq_len": args.seq_len}
+    key = {"flags": shared | flags, "change": change}
+    result = cached(args, key, compute, args.finished)
     loss, seconds = result["loss"][1], result["seconds"]
     print(f"    lr {flags['lr']:g}, seed {flags['seed']}: loss {loss:.4f}, {seconds:.1f} s", flush=True)
     return result
@@ -171,7 +205,8 @@ def memory(args: argparse.Namespace, flags: dict) -> dict:
     """Bytes of a training step as bench/memory.py counts them: optimizer "state" and, "predicted", the peak. Blocks are
     recomputed, as on a card that is too small for their activations."""
     filled = argparse.Namespace(**vars(fill(args, flags)), checkpoint_blocks=True)
-    return cached({"memory": vars(filled), "files": args.files}, lambda: measure(args.config, filled))
+    shape = {"batch_size": args.batch_size, "seq_len": args.seq_len}
+    return cached(args, {"memory": shape | flags}, lambda: measure(args.config, filled))
 
 
 class Row(NamedTuple):
@@ -190,25 +225,34 @@ class Row(NamedTuple):
 
 
 def run_seeds(args: argparse.Namespace, flags: dict, change: str = "") -> list[dict]:
-    """A run for each seed."""
-    return [run(args, {**flags, "seed": seed}, change) for seed in range(args.seeds)]
+    """A run for each seed; with --finished for those that are."""
+    runs = []
+    for seed in range(args.seeds):
+        with contextlib.suppress(Unfinished):
+            runs.append(run(args, {**flags, "seed": seed}, change))
+    return runs
 
 
-def search(args: argparse.Namespace, name: str, flags: dict, change: str = "") -> Row:
-    """Find the best learning rate on seed 0, and run all seeds at it."""
+def search(args: argparse.Namespace, name: str, flags: dict, change: str = "") -> Row | None:
+    """Find the best learning rate on seed 0, and run all seeds at it. With --finished a row may lack rates, seeds or all
+    of its runs (None), and is then added to those that args.missing names."""
     print(name, flush=True)
     grid, losses = sorted(args.lrs), {}
     while True:
         for lr in grid:
-            if lr not in losses:
-                losses[lr] = run(args, {**flags, "lr": lr, "seed": 0}, change)["loss"][1]
-        best = min(grid, key=losses.get)
-        if best not in (grid[0], grid[-1]):
+            with contextlib.suppress(Unfinished):
+                if lr not in losses:
+                    losses[lr] = run(args, {**flags, "lr": lr, "seed": 0}, change)["loss"][1]
+        best = min(losses, key=losses.get, default=None)
+        if len(losses) < len(grid) or best not in (grid[0], grid[-1]):
             break
         beside = grid[1] if best == grid[0] else grid[-2]
         grid = sorted([*grid, float(f"{best * best / beside:.2g}")])
     tuned = {**flags, "lr": best}
-    return Row(name, tuned, grid, run_seeds(args, tuned, change), memory(args, flags))
+    runs = run_seeds(args, tuned, change) if losses else []
+    if len(losses) < len(grid) or len(runs) < args.seeds:
+        args.missing.append(name)
+    return Row(name, tuned, sorted(losses), runs, memory(args, flags)) if runs else None
 
 
 # Tables
@@ -216,6 +260,8 @@ def search(args: argparse.Namespace, name: str, flags: dict, change: str = "") -
 
 def spread(values: Tensor, form: str = ".4f") -> str:
     """Mean and standard deviation over the seeds."""
+    if len(values) == 1:
+        return f"{values.item():{form}} (one seed)"
     return f"{values.mean():{form}} ± {values.std():{form.lstrip('+')}}"
 
 
@@ -223,7 +269,8 @@ def cells(args: argparse.Namespace, row: Row, reference: Row) -> dict[str, str]:
     """A row, by column. The reference's losses are what its own are compared with, seed by seed."""
     filled, method = fill(args, row.flags), train.METHODS[row.flags["method"]]
     low_rank = filled.rank and (method.projection or filled.method == "lora")
-    difference = row.values("loss") - reference.values("loss")
+    both = min(len(row.runs), len(reference.runs))
+    difference = row.values("loss")[:both] - reference.values("loss")[:both]
     return {
         "": row.name,
         "active": f"{filled.active} of {args.config.n_layers}" if method.sampling else "all",
@@ -248,11 +295,15 @@ def table(rows: list[dict[str, str]]) -> str:
 
 def compare(args: argparse.Namespace, rows: list[Row], name: str) -> str:
     """A table of rows, compared with the one of that name, below the model as it was."""
-    reference = next(row for row in rows if row.name == name)
+    rows = [row for row in rows if row]
+    if not rows:
+        return "Nothing is finished."
+    reference = next((row for row in rows if row.name == name), rows[0])
     before = {"": "before fine-tuning", "loss": spread(reference.values("loss", 0))}
     if reference.runs[0]["accuracy"][0] is not None:
         before["accuracy, %"] = spread(100 * reference.values("accuracy", 0), ".1f")
-    return table([before, *(cells(args, row, reference) for row in rows)])
+    lacking = f"\n\nNot finished: {', '.join(args.missing)}." if args.missing else ""
+    return table([before, *(cells(args, row, reference) for row in rows)]) + lacking
 
 
 # Studies: each returns its section's text
@@ -397,7 +448,34 @@ def chart(args: argparse.Namespace, rows: list[Row], timed: list[Row]) -> str:
     return f"\n\n![final loss over active layers, for each rank]({file.name})"
 
 
-STUDIES = {study.__name__: study for study in (methods, sampling, moments, layers, recipe)}
+def embeddings(args: argparse.Namespace) -> str:
+    """How embedding and head are trained."""
+    interval = max(1, args.steps // 10)
+    redrawn = {"owlore": {"interval": interval}}
+    ways = {"frozen": ("frozen", ""), "projected": ("projected", ""),
+            "at a tenth of the rate": ("full", "tenth"), "at the rate": ("full", "")}  # fmt: skip
+    rows = []
+    for method in ("owlore", "lisa", "full", "galore"):
+        for way, (how, change) in ways.items():
+            flags = {"method": method, "embeddings": how, **redrawn.get(method, {})}
+            rows.append(search(args, f"{method}, {way}", flags, change))
+    return f"""OwLore redraws its layers every {interval} steps.
+
+{compare(args, rows, "owlore, frozen")}"""
+
+
+def packing(args: argparse.Namespace) -> str:
+    """One record a row, or as many as fit."""
+    rows = []
+    for method in ("owlore", "full"):
+        rows.append(search(args, method, {"method": method}))
+        rows.append(search(args, f"{method}, packed", {"method": method, "pack": True}))
+    return f"""Equal tokens: packed, a step has more of them and a run fewer steps. OwLore redraws its layers every 50.
+
+{compare(args, rows, "owlore")}"""
+
+
+STUDIES = {study.__name__: study for study in (methods, sampling, moments, layers, recipe, embeddings, packing)}
 
 # The results file
 
@@ -422,8 +500,8 @@ def provenance(args: argparse.Namespace) -> str:
     return f"""`python bench/methods.py {shlex.join(words)}`, {datetime.date.today()},
 {cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, \
 torch {torch.__version__}, Python {platform.python_version()}.
-{args.config.n_layers} layers of {args.config.dim} dimensions, fp32; {args.steps} steps of {args.batch_size} rows of \
-at most {args.seq_len} tokens; seeds 0 to {args.seeds - 1}; learning rates {lrs}, and what extends them."""
+{args.config.n_layers} layers of {args.config.dim} dimensions, fp32; {args.steps or args.epochs} \
+{"steps" if args.steps else "epoch(s)"} of {args.batch_size} rows a step of at most {args.seq_len} tokens; seeds 0 to {args.seeds - 1}; learning rates {lrs}, and what extends them."""
 
 
 def write_section(args: argparse.Namespace, study: str, text: str) -> None:
@@ -448,6 +526,8 @@ def main() -> None:
     add("--data", required=True, help="training data: .txt, .json or .jsonl")
     add("--val-data", help="validation data (default: a part of --data, held out as train.py does)")
     add("--steps", type=train.at_least(1), default=90, help="optimizer steps of a run (default: %(default)s)")
+    add("--epochs", type=train.at_least(1), help="passes through the data, instead of --steps")
+    add("--finished", action="store_true", help="run nothing: write the tables of the runs that are finished")
     add("--batch-size", type=train.at_least(1), default=16, help="rows in a step (default: %(default)s)")
     add("--seq-len", type=train.at_least(1), default=256, help="tokens in a row (default: %(default)s)")
     add("--seeds", type=train.at_least(2), default=3, help="runs of each row (default: %(default)s)")
@@ -466,10 +546,11 @@ def run_studies(args: argparse.Namespace) -> None:
     """Run the studies, and write each one's section as soon as it is finished."""
     if len(set(args.lrs)) < max(2, len(args.lrs)):
         raise InputError("--lrs: give at least two, all different")
-    args.config = parse_shape(args.ckpt)
+    args.config, args.steps = parse_shape(args.ckpt), None if args.epochs else args.steps
     args.name, args.files = Path(args.ckpt).resolve().name, checksum(args)
     RESULTS.mkdir(exist_ok=True)
     for study in args.studies:
+        args.missing = []
         write_section(args, study, STUDIES[study](args))
 
 

@@ -94,8 +94,9 @@ def prune(model: Transformer, dense: dict[nn.Linear, Tensor], norms: dict[nn.Lin
 
 def perplexity(model: Transformer, val: Dataset) -> float:
     """e to the mean loss per token."""
-    losses, counts = train.row_losses(model, val, argparse.Namespace(micro_batch_size=16, device="cpu"))
-    return math.exp(losses.sum() / counts.sum())
+    args = argparse.Namespace(micro_batch_size=16, seq_len=512, device="cpu")
+    losses, counts = train.row_losses(model, [[row] for row in val], args)
+    return math.exp(sum(sum(losses, [])) / sum(sum(counts, [])))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """How fast training is: against the published recipe built from transformers and galore-torch, and against the machine.
 
+    data       the same with the records of a file, the peer's rows padded: tokens of text per second
     steps      both sides hold the same weights and take turns in one process: tokens per second between refreshes and
                their ratio, the share of the machine's matmul rate that is reached, and what a draw of new layers costs
     refresh    projection_basis, randomized beside the exact SVD: its time, and the energy that it captures; and two ways
@@ -8,11 +9,12 @@
     growth     tokens per second and peak memory over width, depth, length and rank, and what they are spent on
 
 The peer is `LlamaForCausalLM` with gradient checkpointing, its layers sampled by toggling `requires_grad`, and
-`GaLoreAdamW` on the matrices of the layers. Weights are random: speed does not depend on them. Only `steps` needs
-bench/requirements.txt.
+`GaLoreAdamW` on the matrices of the layers. Weights are random: speed does not depend on them. Only `data` and
+`steps` need bench/requirements.txt.
 
     python bench/speed.py steps                                                       two CPU cores, minutes
     python bench/speed.py steps --model llama2-7b --batch-size 16 --seq-len 512       a GPU with 80 GB
+    python bench/speed.py data --model runs/smollm2 --data ../shared/data/alpaca_en_demo.json --batch-size 16 --seq-len 512
     python bench/speed.py refresh
     python bench/speed.py tokenise --model ../shared/tokenizers/llama2
     python bench/speed.py growth
@@ -40,7 +42,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from memory import GIB, MODELS, ROOT, LiveStorages, parse_shape, settings  # noqa: E402  (makes the project importable)
 
 import train  # noqa: E402
-from data import TINY, InputError, Record, atomic_write, build_dataset, command, load_records, load_tokenizer  # noqa: E402
+from data import (  # noqa: E402
+    TINY,
+    InputError,
+    Layout,
+    Record,
+    Tokenizer,
+    atomic_write,
+    build_dataset,
+    command,
+    load_records,
+    load_tokenizer,
+)
 from model import ModelConfig, Transformer, hf_config, load_model, permute_rotary, to_hf_name  # noqa: E402
 from owlore import LayerSampler, ProjectedAdam, projection_basis  # noqa: E402
 
@@ -122,7 +135,7 @@ def build_peer(model: Transformer, args: argparse.Namespace) -> tuple[nn.Module,
         from galore_torch import GaLoreAdamW
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
-        raise InputError(f"steps: {error.name} is missing: pip install -r bench/requirements.txt") from None
+        raise InputError(f"{args.what}: {error.name} is missing: pip install -r bench/requirements.txt") from None
     config = AutoConfig.for_model(**hf_config(model))
     with torch.device(args.device):
         peer = AutoModelForCausalLM.from_config(config, dtype=args.dtype, attn_implementation="sdpa")
@@ -142,17 +155,25 @@ def build_peer(model: Transformer, args: argparse.Namespace) -> tuple[nn.Module,
     return peer, GaLoreAdamW(groups, lr=3e-4, no_deprecation_warning=True)
 
 
+def check(losses: list[float], args: argparse.Namespace) -> None:
+    """Raise InputError if the two losses of a batch are not those of one model."""
+    if not abs(losses[0] - losses[1]) <= TOLERANCE[args.dtype] * losses[0]:
+        raise InputError(f"the losses, {losses[0]:.6f} here and {losses[1]:.6f} in the peer, differ: not one model")
+
+
 def steps(args: argparse.Namespace) -> list[str]:
     """Training steps of this project and of the peer, in alternation."""
     config, device = args.config, args.device
     model, optimizer, sampler = build_ours(config, args)
     peer, peer_optimizer = build_peer(model, args)
     tokens = torch.randint(config.vocab_size, (args.batch_size, args.seq_len), device=device)
-    targets = tokens.roll(-1, 1)
-    targets[:, -1] = -100  # the peer shifts its labels itself, and the last token has none
+    # The peer shifts its labels itself, and the last token of a row has none.
+    positions = torch.arange(args.seq_len, device=device).repeat(args.batch_size)
+    predicting = (positions < args.seq_len - 1).nonzero().flatten()
+    batch = tokens.flatten(), tokens[:, 1:].flatten(), Layout([tuple(tokens.shape)], positions, None, predicting)
 
     def ours() -> None:
-        train.training_step(model, optimizer, [(tokens, targets, 1.0)], max_grad_norm=1.0)
+        train.training_step(model, optimizer, [(*batch, 1.0)], max_grad_norm=1.0)
 
     def peer_gradients() -> None:
         peer_optimizer.zero_grad()
@@ -164,10 +185,8 @@ def steps(args: argparse.Namespace) -> list[str]:
         peer_optimizer.step()
 
     with torch.no_grad():
-        losses = [model(tokens, targets).item(), peer(input_ids=tokens, labels=tokens, use_cache=False).loss.item()]
-    if not abs(losses[0] - losses[1]) <= TOLERANCE[args.dtype] * losses[0]:
-        raise InputError(f"the losses, {losses[0]:.6f} here and {losses[1]:.6f} in the peer, differ: not one model")
-
+        losses = [model(*batch).item(), peer(input_ids=tokens, labels=tokens, use_cache=False).loss.item()]
+    check(losses, args)
     rate = matmul_rate(args.dtype, device)
     ours()
     peer_gradients()  # no step: on a large model its SVDs, which the first one needs, take minutes
@@ -212,6 +231,100 @@ def steps(args: argparse.Namespace) -> list[str]:
     ]
 
 
+def collate(rows: list[np.ndarray], device: str) -> dict[str, Tensor]:
+    """The peer's batch of some rows, padded to the longest as transformers' collators do: ids, mask and labels."""
+    whole = [torch.from_numpy(row.astype(np.int64)) for row in rows]
+    labels = nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=-100)
+    labels = torch.where(labels < 0, -100, labels)
+    ids = nn.utils.rnn.pad_sequence([torch.where(row < 0, ~row, row) for row in whole], batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
+    return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device), "labels": labels.to(device)}
+
+
+def real_data(args: argparse.Namespace) -> list[str]:
+    """Steps on the records of a file. The peer pads a batch to its longest row; its batches are random, or rows of like
+    length as transformers' group_by_length puts them together. Then an evaluation of the multiple-choice ones."""
+    model, optimizer, _ = build_ours(args.config, args)
+    peer, peer_optimizer = build_peer(model, args)
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    records, tokenizer = load_records(args.data), load_tokenizer(args.model)
+    dataset = build_dataset(records, tokenizer, args.seq_len)
+    lengths, size = [len(row) for row in dataset], args.batch_size
+    generator, random = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
+    grouped = get_length_grouped_indices(lengths, size, generator=generator)
+    orders = {"random": random.permutation(len(lengths)), "by length": np.array(grouped)}
+    # Whole batches only. Of those by length a random few stand for all, as a batch of long rows would not.
+    count = args.rounds * args.steps
+    starts = random.permutation(len(lengths) // size)[:count] * size
+    batches = {name: [order[n : n + size] for n in starts] for name, order in orders.items()}
+
+    def ours(index: np.ndarray) -> None:
+        train.training_step(model, optimizer, [(*(t.to(args.device) for t in dataset.batch(index)), 1.0)], 1.0)
+
+    def theirs(index: np.ndarray) -> None:
+        peer_optimizer.zero_grad()
+        peer(**collate([dataset[n] for n in index], args.device), use_cache=False).loss.backward()
+        nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        peer_optimizer.step()
+
+    losses = []
+    with torch.no_grad():
+        for index in batches["random"][:3]:
+            inputs = collate([dataset[n] for n in index], args.device)
+            pair = [model(*(t.to(args.device) for t in dataset.batch(index))), peer(**inputs, use_cache=False).loss]
+            losses.append([loss.item() for loss in pair])
+            check(losses[-1], args)
+    sides = {"this project": (ours, "random"), "the peer, random batches": (theirs, "random"),
+             "the peer, sorted by length": (theirs, "by length")}  # fmt: skip
+    for run, order in list(sides.values())[:2]:
+        run(batches[order][0])  # warm, with first bases
+    times, tokens, computed = ({name: [] for name in sides} for _ in range(3))
+    for n in tqdm(range(count), "steps", leave=False, disable=None):
+        for name, (run, order) in sorted(sides.items(), reverse=n % 2):
+            index = batches[order][n % len(batches[order])]
+            times[name].append(seconds(lambda: run(index), args.device))
+            read = [lengths[i] for i in index]
+            tokens[name].append(sum(read))
+            computed[name].append(sum(read) if run is ours else size * max(read))
+    rates = {name: sum(tokens[name]) / sum(times[name]) for name in sides}
+    table = [f"| {name} | {rates[name]:,.0f} | {rates['this project'] / rates[name]:.2f} | "
+             f"{sum(tokens[name]) / sum(computed[name]):.1%} |" for name in sides]  # fmt: skip
+    lines = [
+        f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, random weights; "
+        f"`{args.data}`, {len(dataset.rows)} records of at most {args.seq_len} tokens; {size} records a step, {count} steps "
+        f"of each side in alternation; {str(args.dtype)[6:]}, {args.active} of {args.config.n_layers} layers active, rank "
+        f"{args.rank}, blocks recomputed {'by the peer alone' if args.keep_activations else 'on both sides'}. Losses of the "
+        f"first batches: {', '.join(f'{a:.5f} and {b:.5f}' for a, b in losses)}.",
+        "",
+        "| | tokens of text per second | this project's, times it | computed tokens that are text |",
+        "|---|---|---|---|",
+        *table,
+    ]
+    chosen = [record for record in records if record.choices][: 4 * size]
+    return lines + (["", evaluation(model, chosen, tokenizer, args)] if chosen else [])
+
+
+def evaluation(model: Transformer, records: list[Record], tokenizer: Tokenizer, args: argparse.Namespace) -> str:
+    """Multiple choice, a prompt read once for its choices and once for each."""
+    run = argparse.Namespace(micro_batch_size=args.batch_size, seq_len=args.seq_len, device=args.device)
+    examples = train.build_validation(records, tokenizer, args.seq_len).examples
+    alone = [[row] for rows in examples for row in rows]
+    losses = {}
+
+    def evaluate(name: str, rows: list) -> None:
+        losses[name] = np.concatenate(train.row_losses(model, rows, run)[0])
+
+    shared, each = (
+        seconds(lambda: evaluate(name, rows), args.device) for name, rows in (("shared", examples), ("alone", alone))
+    )
+    gap = np.abs(losses["shared"] - losses["alone"]).max()
+    return (
+        f"Evaluating {len(records)} of the records, with {len(alone) - len(records)} choices, takes {shared:.1f} s; each row "
+        f"by itself, also without padding, {each:.1f} s, {each / shared:.2f} x. Losses differ by {gap:.1e} nats at most."
+    )
+
+
 def power_law(rows: int, columns: int, exponent: float) -> Tensor:
     """A random matrix whose singular values fall about as i^-exponent: fp32 [rows, columns]."""
     k = min(rows, columns)
@@ -223,7 +336,7 @@ def text_gradient(model: Transformer, weight: Tensor) -> Tensor:
     dataset = build_dataset(load_records(TINY / "text.txt"), load_tokenizer(TINY), seq_len=256)
     model.requires_grad_(False)
     weight.requires_grad_()
-    model(*dataset.batch(slice(0, 16))).backward()
+    model(*dataset.batch(range(16))).backward()
     return weight.grad
 
 
@@ -431,12 +544,13 @@ def main() -> None:
     )
     positive = train.at_least(1)
     add = parser.add_argument
-    add("what", choices=("steps", "refresh", "tokenise", "growth"))
+    add("what", choices=("data", "steps", "refresh", "tokenise", "growth"))
     add(
         "--model",
         default="small",
         help=f"for steps: {', '.join(SHAPES)} or a checkpoint (default: %(default)s); for tokenise a checkpoint or tokenizer",
     )
+    add("--data", help="for data: the file")
     add("--batch-size", type=positive, default=4, help="default: %(default)s")
     add("--seq-len", type=positive, default=256, help="for steps and tokenise (default: %(default)s)")
     add("--megabytes", type=positive, default=100, help="for tokenise (default: %(default)s)")
@@ -464,11 +578,13 @@ def measure(args: argparse.Namespace) -> None:
     args.active = args.active or -(-5 * args.config.n_layers // 32)
     args.rank = args.rank or (256 if args.what == "refresh" else args.config.dim // 16)
     torch.manual_seed(args.seed)
-    lines = {"steps": steps, "refresh": refresh, "tokenise": tokenise, "growth": growth}[args.what](args)
+    benches = {"data": real_data, "steps": steps, "refresh": refresh, "tokenise": tokenise, "growth": growth}
+    lines = benches[args.what](args)
     command = f"python bench/speed.py {' '.join(sys.argv[1:])}"
     lines = [f"# Speed: {args.what}", "", f"`{command}`, {datetime.date.today()}, {machine(args.device)}.", "", *lines]
     print("\n".join(lines))
-    name = f"speed-{args.what}-{'cuda' if cuda else 'cpu'}.md"
+    what = f"data-{Path(args.data).stem}" if args.what == "data" else args.what
+    name = f"speed-{what}-{'cuda' if cuda else 'cpu'}.md"
     out = Path(args.out) if args.out else ROOT / "bench" / "results" / name
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file:
