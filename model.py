@@ -17,7 +17,7 @@ import math
 import mmap
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import InputError, Layout, Tokenizer, atomic_write, command, load_tokenizer, read_json
-from owlore import Linear
+from owlore import Linear, own, own_rows, whole
 
 
 @dataclass
@@ -225,7 +225,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config)
         self.output = Linear(config.dim, config.vocab_size)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and not parameter.is_meta:
                 # GPT-2's initialisation: what writes into the residual stream starts smaller, by depth
                 residual = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02)
@@ -261,16 +261,23 @@ class Transformer(nn.Module):
             x = x.index_select(0, layout.predicting)  # [K, dim]
         return self.norm(x).unflatten(0, shape) if tokens.dim() == 2 else self.norm(x)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, layout: Layout | None = None, reduction: str = "mean"
+    ) -> Tensor:
         """tokens: int [B, T] -> logits [B, T, vocab_size]; with targets: int [B, T], the mean loss (a scalar, fp32, in
         nats) over the targets that are not -100, without ever holding all logits. With a layout: tokens [N], laid end
-        to end, and targets [K]."""
+        to end, and targets [K]. reduction: "none" for the loss of each target, [K], without gradients."""
         if targets is None:
             return self.output(self.hidden(tokens, layout))
         hidden = self.hidden(tokens, layout)
         if layout is None:
             kept = targets != -100
             hidden, targets = hidden[kept], targets[kept]
+        if reduction == "none":
+            with torch.no_grad():
+                chunks = zip(hidden.split(512), targets.split(512))
+                losses = [F.cross_entropy(self.output(h).float(), t, reduction="none") for h, t in chunks]
+                return torch.cat(losses)
         # Under no_grad, too, a Function believes that a parameter needs a gradient, and would compute it.
         head = self.output.weight if torch.is_grad_enabled() else self.output.weight.detach()
         return ChunkedCrossEntropy.apply(hidden, head, targets)
@@ -284,8 +291,16 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight, self.scale = linear.weight, alpha / rank
         self.A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
-        self.B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.B = nn.Parameter(linear.weight.new_empty(linear.out_features, rank))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Draw A, and set B to zero."""
+        if not self.A.is_meta:
+            A = nn.init.kaiming_uniform_(torch.empty(self.A.shape), a=math.sqrt(5))  # alike on all devices
+            own(self.A).copy_(own_rows(A, self.A))
+            own(self.B).zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight).add_(F.linear(F.linear(x, self.A), self.B), alpha=self.scale)
@@ -293,7 +308,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """W + (alpha / rank) B A, [out, in], in W's dtype: the plain weight that computes the same."""
-        return torch.addmm(self.weight.float(), self.B.float(), self.A.float(), alpha=self.scale).to(self.weight.dtype)
+        weight, A, B = (whole(p) for p in (self.weight, self.A, self.B))
+        return torch.addmm(weight.float(), B.float(), A.float(), alpha=self.scale).to(weight.dtype)
 
 
 def add_lora(model: Transformer, rank: int, alpha: float) -> None:
@@ -586,25 +602,38 @@ def shard_views(whole: Tensor, name: str, shards: list[Tensor]) -> tuple[Tensor,
     return whole.chunk(len(shards), dim=int(columns))
 
 
-def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
-    """Load a checkpoint folder of either layout. Raises InputError, in one line, for whatever is wrong with it."""
+def require_device(device: str) -> None:
+    """Raise InputError if there is none of that name."""
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):  # torch without CUDA asserts
         raise InputError(f"--device {device}: there is no such device here; try --device cpu") from None
+
+
+def load_model(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    distribute: Callable[[Transformer], str] | None = None,
+) -> Transformer:
+    """Load a checkpoint folder of either layout. distribute: has FSDP shard the model while it has no memory, and returns the
+    device of the shards, to which each process then copies its own rows. Raises InputError, in one line, for whatever
+    is wrong with the folder."""
+    require_device(device)
     path = Path(path)
     hf = checkpoint_layout(path) == "hf"
     config, pieces = read_checkpoint(path)
     try:
         with torch.device("meta"):  # shapes without memory
-            model = Transformer(config)
+            model = Transformer(config).to(dtype)
     except (RuntimeError, OverflowError) as error:  # more elements than an integer counts
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
     names = {to_hf_name(name) if hf else name: name for name, _ in model.named_parameters()}  # in the files -> here
     for name in sorted(names.keys() ^ pieces.keys()):
         what = "missing" if name in names else "unexpected: not a LLaMA or Mistral checkpoint"
         raise InputError(f"{path}: tensor {name[:80]!r} is {what}")
-
+    if distribute:
+        model.to_empty(device=distribute(model))
     for stored, name in tqdm(names.items(), f"loading {path.name}", leave=False, disable=None):
         shards, parameter = pieces.pop(stored), model.get_parameter(name)
         if [view.shape for view in shard_views(parameter, name, shards)] != [shard.shape for shard in shards]:
@@ -612,19 +641,27 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
             raise InputError(f"{path}: {what}: a shard is missing, or config and weights do not belong together")
         if hf and name.endswith(("wq.weight", "wk.weight")):
             shards = [permute_rotary(shards[0], config.head_dim, to_hf=False)]
-        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        weight = torch.empty(parameter.shape, dtype=dtype, device="cpu" if distribute else device)
         for view, shard in zip(shard_views(weight, name, shards), shards):
             view.copy_(shard)
-        model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(weight)
-    if config.tie_word_embeddings:
+        if distribute:
+            own(parameter.detach()).copy_(own_rows(weight, parameter))
+        else:
+            model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(weight)
+    if config.tie_word_embeddings and not distribute:
         model.output.weight = model.tok_embeddings.weight
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.reset()
     return model
 
 
-def load(path: str | Path, args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
+def load(
+    path: str | Path, args: argparse.Namespace, distribute: Callable | None = None
+) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint folder, on args.device and in args.dtype, None being the device's own."""
     tokenizer, dtype = load_tokenizer(path), args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
-    model = load_model(path, args.device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    model = load_model(path, args.device, torch.bfloat16 if dtype == "bf16" else torch.float32, distribute)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(f"{path}: {tokenizer.vocab_size} tokens in tokenizer, {model.config.vocab_size} in model")
     return model, tokenizer
@@ -634,11 +671,12 @@ def load(path: str | Path, args: argparse.Namespace) -> tuple[Transformer, Token
 
 
 def saved_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each weight, one at a time, with LoRA's additions merged into it. A tied one comes once."""
+    """Name and value of each weight, one at a time, with LoRA's additions merged into it. A tied one comes once. Where
+    weights are sharded all processes must walk through this together."""
     adapted = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     for name, parameter in model.named_parameters():
         if name.endswith(".weight"):
-            yield name, adapted[name].merged() if name in adapted else parameter.detach()
+            yield name, adapted[name].merged() if name in adapted else whole(parameter.detach())
 
 
 def meta_config(config: ModelConfig) -> dict:
@@ -675,47 +713,54 @@ def hf_config(model: Transformer) -> dict:
     }
 
 
-def write_safetensors(model: Transformer, file: BinaryIO) -> None:
+def write_safetensors(model: Transformer, values: Iterator[tuple[str, Tensor]], file: BinaryIO) -> None:
     """Write the weights under Hugging Face's names; `read_safetensors` says how such a file is laid out."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     weights = {name: p for name, p in model.named_parameters() if name.endswith(".weight")}
     for name, p in weights.items():
-        begin, end = end, end + p.nbytes
+        begin, end = end, end + p.numel() * p.element_size()
         header[to_hf_name(name)] = {"dtype": dtypes[p.dtype], "shape": list(p.shape), "data_offsets": [begin, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     file.write(len(head).to_bytes(8, "little") + head)
-    for name, weight in tqdm(saved_weights(model), "saving", len(weights), leave=False, disable=None):
+    for name, weight in tqdm(values, "saving", len(weights), leave=False, disable=None):
         if name.endswith(("wq.weight", "wk.weight")):
             weight = permute_rotary(weight, model.config.head_dim, to_hf=True)
         file.write(weight.contiguous().cpu().view(torch.uint8).numpy())
 
 
-def save_model(model: Transformer, path: str | Path, layout: str = "meta") -> None:
+def save_model(model: Transformer, path: str | Path, layout: str = "meta", write: bool = True) -> None:
     """Write the weights, in the dtype they have, as a checkpoint folder: `layout` "meta" or "hf". LoRA's additions are
-    merged into them. The folder is made if it is missing; a file is replaced only once its successor is whole.
+    merged into them. The folder is made if it is missing; a file is replaced only once its successor is whole. Where
+    weights are sharded, all processes call this, and one writes.
 
     Raises InputError if the folder already holds weights that this layout's file would not replace, OSError or
     RuntimeError (torch.save's) if writing fails, and KeyError for another layout.
     """
-    path, config = Path(path), model.config
-    own = {"meta": ("consolidated.00.pth", "params.json"), "hf": ("model.safetensors", "config.json")}[layout]
-    for pattern in ("*.safetensors", "*.pth", "*.bin", "*.index.json", "params.json", "config.json"):
-        for other in path.glob(pattern):
-            if other.name not in own:
-                raise InputError(f"{other}: belongs to another checkpoint; save to another folder")
-    path.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path / own[0]) as file:
-        if layout == "hf":
-            write_safetensors(model, file)
-        else:
-            state = {name: weight.cpu() for name, weight in saved_weights(model)}
-            if config.tie_word_embeddings:  # Meta's code wants the head all the same; as one tensor it is stored once
-                state["output.weight"] = state["tok_embeddings.weight"]
-            torch.save(state, file)
-    with atomic_write(path / own[1]) as file:
-        file.write(json.dumps(hf_config(model) if layout == "hf" else meta_config(config), indent=2).encode())
+    path, config, values = Path(path), model.config, saved_weights(model)
+    files = {"meta": ("consolidated.00.pth", "params.json"), "hf": ("model.safetensors", "config.json")}[layout]
+    try:
+        if not write:
+            return
+        for pattern in ("*.safetensors", "*.pth", "*.bin", "*.index.json", "params.json", "config.json"):
+            for other in path.glob(pattern):
+                if other.name not in files:
+                    raise InputError(f"{other}: belongs to another checkpoint; save to another folder")
+        path.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path / files[0]) as file:
+            if layout == "hf":
+                write_safetensors(model, values, file)
+            else:
+                state = {name: weight.cpu() for name, weight in values}
+                if config.tie_word_embeddings:  # Meta's code wants the head all the same; it is stored once
+                    state["output.weight"] = state["tok_embeddings.weight"]
+                torch.save(state, file)
+        with atomic_write(path / files[1]) as file:
+            file.write(json.dumps(hf_config(model) if layout == "hf" else meta_config(config), indent=2).encode())
+    finally:
+        for _ in values:  # the other processes wait for this one to take its part
+            pass
 
 
 def main() -> None:

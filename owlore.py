@@ -73,7 +73,8 @@ def outlier_distribution(
             module.training = mode
 
     def scores(linear: nn.Linear) -> Tensor:
-        return linear.weight.abs().float() * squares[linear].sqrt()  # A_ij = |W_ij| ||X_j||_2, [out, in]
+        norms = squares[linear].sqrt()
+        return whole(linear.weight).to(norms.device).abs().float() * norms  # A_ij = |W_ij| ||X_j||_2, [out, in]
 
     D = []
     for n, layer in enumerate(linears):
@@ -270,33 +271,50 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     def _step(self) -> None:
         self._drop_frozen()
+        self._reduce()
         for group in self.param_groups:
             group["steps"] += 1
         for index, group, p in self._with_gradient():
-            state = self.state[p]
             # Counted over the whole run: a layer drawn again must not meet its old noise. Alike in all processes.
-            random = torch.Generator(p.device).manual_seed(hash((group["steps"], index)) % 2**32)
+            state, seed = self.state[p], (group["steps"], index)
             if group["rank"] is None:
                 if "basis" in state:  # the group was edited: begin anew
                     state.clear()
                 m, v, t = moments(state, p.grad)
-                for p_rows, *rows in row_chunks(p, p.grad, m, v):
-                    write_back(p_rows, adam(*rows, t, group), group, random)
+                for p_rows, *rows, noise in row_blocks(p, seed, own(p.grad), own(m), own(v)):
+                    write_back(p_rows, adam(*rows, t, group), group, noise)
                 continue
             R = self._low_rank(group, p)  # R = G P, of a new P if it is due
             if R.dim() == 0:  # no basis could be had: this matrix waits for the next step
                 continue
             N, P = adam(R, *moments(state, R), group), state["basis"]
             left, right = (group["scale"] * N, P.T) if is_tall(p) else (P, group["scale"] * N)
-            for p_rows, rows in row_chunks(
-                p, left
-            ):  # W = (1 - lr weight_decay) W - lr scale N P^T, some rows at a time
-                write_back(p_rows, rows @ right, group, random)
+            left = left[first_row(p) :][: len(own(p))]
+            # W = (1 - lr weight_decay) W - lr scale N P^T, some rows at a time
+            for p_rows, rows, noise in row_blocks(p, seed, left):
+                write_back(p_rows, rows @ right, group, noise)
 
     def _low_rank(self, group: dict, p: Tensor) -> Tensor:
         """R of p's gradient, [m, rank] or [rank, n]; a scalar if its basis is due and could not be had."""
         mine = isinstance(p.grad, ProjectedGradient) and p.grad.optimizer() is self
-        return p.grad.low_rank() if mine else self._project(group, p, p.grad)
+        return p.grad.low_rank() if mine else self._project(group, p, whole(p.grad))
+
+    def _reduce(self) -> None:
+        """Add up, over the processes that share the weights, what each of them has of R, all in one exchange."""
+        partial = []
+        for _, group, p in self._with_gradient():
+            if (
+                self.in_backward and group["rank"] is not None and is_sharded(p.grad)
+            ):  # not by factors: FSDP has reduced it
+                G, p.grad = whole(p.grad), ProjectedGradient(p, self)
+                p.grad.R = self._project(group, p, G)
+            if isinstance(p.grad, ProjectedGradient) and p.grad.partial and p.grad.G is None:
+                partial.append(p.grad)
+        if partial:
+            flat = torch.cat([gradient.R.flatten() for gradient in partial])
+            mean_over_processes(flat, partial[0].p())
+            for gradient, R in zip(partial, flat.split([gradient.R.numel() for gradient in partial])):
+                gradient.R, gradient.partial = R.view_as(gradient.R), False
 
     def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor:
         """R = G P, after renewing P if it is due. A scalar, 0, inf or nan, stands for no R: G is zero or not finite, or
@@ -310,6 +328,8 @@ class ProjectedAdam(torch.optim.Optimizer):
                 P = projection_basis(G, group["rank"], group["svd"])
             except torch.linalg.LinAlgError:
                 return torch.tensor(math.nan, device=G.device)
+            if is_sharded(p):  # eigenvectors of two machines need not agree
+                torch.distributed.broadcast(P, group=p.device_mesh.get_group(), group_src=0)
             if state.get("basis", P[:0]).shape != P.shape:  # the first one, or of another rank: begin anew
                 state.clear()
             elif "exp_avg" in state:  # puts the first moment into the coordinates of the new basis
@@ -353,14 +373,20 @@ class ProjectedAdam(torch.optim.Optimizer):
 
         Returns the norm before, fp32, without waiting for the device. It is not finite if a gradient is not, and then
         all of them become nan, as by torch.nn.utils.clip_grad_norm_."""
-        gradients = [
-            self._low_rank(group, p) if isinstance(p.grad, ProjectedGradient) else p.grad
-            for _, group, p in self._with_gradient()
-        ]
+        self._reduce()
+        gradients, norms, shards = [], [], []
+        for _, group, p in self._with_gradient():
+            g = self._low_rank(group, p) if isinstance(p.grad, ProjectedGradient) else p.grad
+            norm = torch.linalg.vector_norm(own(g), dtype=torch.promote_types(g.dtype, torch.float32)).float()
+            (shards if is_sharded(g) and g.device_mesh.size() > 1 else norms).append(norm.to(compute_device(p)))
+            gradients.append(own(g))
         if not gradients:
             return torch.tensor(0.0)
-        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
-        norm = torch.stack([norm.float().to(norms[0].device) for norm in norms]).norm()
+        if shards:  # the parts that all processes have of the same gradients
+            square = torch.stack(shards).norm().square()
+            torch.distributed.all_reduce(square, group=p.device_mesh.get_group())
+            norms.append(square.sqrt())
+        norm = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
         for g in gradients:
             g.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(g.device))
         return norm
@@ -382,8 +408,12 @@ class ProjectedAdam(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, state in state_dict["state"].items():
             p = parameters[index]
+            device = compute_device(p) if "basis" in state else p.device
             self.state[p] = {
-                k: int(v) if k == "step" else v.to(p.device, torch.float32, copy=True) for k, v in state.items()
+                k: int(v)
+                if k == "step"
+                else (v if "basis" in state else own_rows(v, p)).to(device, torch.float32, copy=True)
+                for k, v in state.items()
             }
 
     def __getstate__(self) -> dict:
@@ -438,23 +468,27 @@ def adam(g: Tensor, m: Tensor, v: Tensor, t: int, group: dict) -> Tensor:
     return (m / (1 - beta1**t)).div_((v / (1 - beta2**t)).sqrt_().add_(group["eps"]))
 
 
-def write_back(p: Tensor, update: Tensor, group: dict, random: torch.Generator) -> None:
+def write_back(p: Tensor, update: Tensor, group: dict, noise: Tensor | None) -> None:
     """p = (1 - lr weight_decay) p - lr update, computed in fp32; update has the shape of p."""
-    new = p.to(torch.promote_types(p.dtype, torch.float32)) * (1 - group["lr"] * group["weight_decay"])
+    new = p.to(update.device, torch.promote_types(p.dtype, torch.float32)) * (1 - group["lr"] * group["weight_decay"])
     new.sub_(update, alpha=group["lr"])
-    p.copy_(stochastic_round(new, random) if p.dtype == torch.bfloat16 else new)
+    p.copy_(stochastic_round(new, noise) if p.dtype == torch.bfloat16 else new)
 
 
-def stochastic_round(x: Tensor, random: torch.Generator | None = None) -> Tensor:
+def rounding_noise(shape: Sequence[int], device: torch.device, random: torch.Generator | None = None) -> Tensor:
+    """What `stochastic_round` adds: int32, uniform in 0 ... 2^16 - 1. random: torch's global generator if left out."""
+    return torch.empty(shape, dtype=torch.int32, device=device).random_(0, 1 << 16, generator=random)
+
+
+def stochastic_round(x: Tensor, noise: Tensor | None = None) -> Tensor:
     """Round fp32 to bf16, up or down at random so that the mean is x. An update below bf16's resolution, 1 part in 256,
     then moves a weight by the right amount on average, while rounding to nearest would lose it every time.
 
     bf16 is the upper half of fp32: uniform noise added to the lower half carries into the upper one with just the
-    probability wanted. What is not finite stays what it is. random: torch's global generator if left out.
+    probability wanted. What is not finite stays what it is. noise: `rounding_noise`, new if left out.
     """
-    bits = x.view(torch.int32)
-    noise = torch.empty_like(bits).random_(0, 1 << 16, generator=random)
-    rounded = noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32)
+    noise = rounding_noise(x.shape, x.device) if noise is None else noise
+    rounded = (noise + x.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
@@ -466,6 +500,25 @@ def row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     tensors = tuple(torch.atleast_1d(tensor) for tensor in tensors)
     rows = max(1, CHUNK * len(tensors[0]) // max(1, tensors[0].numel()))
     return zip(*(tensor.split(rows) for tensor in tensors))
+
+
+def row_blocks(p: Tensor, seed: tuple, *tensors: Tensor) -> Iterator[tuple]:
+    """Walk the rows of a weight that this process holds, and tensors of as many rows, a few (views) at a time: with the
+    noise for rounding them if p is bf16, else None. It is drawn for blocks of the whole matrix, each from a seed of its
+    own, so it is the same however many processes share the rows."""
+    rows, *tensors = (torch.atleast_1d(x) for x in (own(p), *tensors))
+    first, total, height = first_row(p), max(p.shape[:1], default=1), max(1, CHUNK // max(1, p.shape[1:].numel()))
+    random = torch.Generator(tensors[0].device) if p.dtype == torch.bfloat16 else None
+    begin = first
+    while begin < first + len(rows):
+        block, noise = begin // height, None
+        end = min((block + 1) * height, first + len(rows))
+        if random:
+            random.manual_seed(hash((*seed, block)) % 2**32)
+            shape = min(height, total - block * height), *rows.shape[1:]
+            noise = rounding_noise(shape, tensors[0].device, random)[begin - block * height :][: end - begin]
+        yield *(x[begin - first : end - first] for x in (rows, *tensors)), noise
+        begin = end
 
 
 KRYLOV_BLOCKS = 9  # each a quarter of the rank wide, together 2.25 times as wide as P
@@ -547,13 +600,14 @@ class ProjectedGradient(Tensor):
     def __init__(self, p: Tensor, optimizer: ProjectedAdam):
         self.p, self.optimizer = weakref.ref(p), weakref.ref(optimizer)
         self.R, self.G, self.passes = None, None, 0  # G: the sum over the passes so far, while the basis is due
+        self.partial = False  # whether these are of this process's tokens only
 
     @torch.no_grad()
     @without_autocast()
     def add_gradient(self, G: Tensor | None = None, R: Tensor | None = None) -> None:
         """Add what a backward pass gave: G, or R if that was computed already."""
         optimizer, p = self.optimizer(), self.p()
-        self.passes += 1
+        self.passes, self.partial = self.passes + 1, is_sharded(p)
         if optimizer is None or self.passes > optimizer.micro_batches:
             raise RuntimeError(
                 f"{self.passes} backward passes without step and zero_grad: with in_backward=True set "
@@ -564,7 +618,7 @@ class ProjectedGradient(Tensor):
         if R is None and optimizer._basis_is_due(group, p):
             if self.R is not None:
                 raise RuntimeError("clip_grad_norm_ or step came before the last of the optimizer's micro_batches")
-            self.G = G if self.G is None else self.G.to(p.device) + G
+            self.G = G if self.G is None else self.G.to(G.device) + G
             if self.passes < optimizer.micro_batches:
                 self.G = self.G.cpu()
             else:
@@ -579,7 +633,10 @@ class ProjectedGradient(Tensor):
         """R of the whole step, or a scalar, as `ProjectedAdam._project`."""
         if self.G is not None:
             optimizer, p = self.optimizer(), self.p()
-            G, self.G = self.G.to(p.device), None
+            G, self.G = self.G.to(compute_device(p)), None
+            if self.partial:
+                mean_over_processes(G, p)
+            self.partial = False
             self.R = optimizer._project(group_of(p, optimizer), p, G)
         return self.R
 
@@ -609,6 +666,8 @@ def project_in_backward(p: Tensor, optimizer: ProjectedAdam) -> None:
     def hook(p: Tensor) -> None:
         optimizer = reference()
         if optimizer is None or not optimizer.in_backward or group_of(p, optimizer)["rank"] is None:
+            return
+        if is_sharded(p.grad):  # the sum over all processes, of which each has some rows: it is projected by `step`
             return
         if not isinstance(p.grad, ProjectedGradient):
             G, p.grad = p.grad, ProjectedGradient(p, optimizer)
@@ -669,31 +728,93 @@ class WeightGradient(torch.autograd.Function):
         return grad, None, None if projected else dY.T @ X, None
 
 
-# Which optimizer takes the factors of a Linear: kept beside the modules, so that these can be copied and pickled.
-TAKERS: "weakref.WeakKeyDictionary[Linear, weakref.ref[ProjectedAdam]]" = weakref.WeakKeyDictionary()
+# Which optimizer takes the factors of a Linear, and for which parameter: FSDP shows forward and backward another than
+# the sharded one. Kept beside the modules, so that these can be copied and pickled.
+TAKERS: "weakref.WeakKeyDictionary[Linear, tuple[weakref.ref, weakref.ref]]" = weakref.WeakKeyDictionary()
 
 
 def take_factors(model: nn.Module, optimizer: ProjectedAdam) -> None:
     """Have every `Linear` of a model hand its factors to an optimizer that projects in the backward pass. From then on
     G is made only for new bases: of the 6 FLOP of a step per weight and token 2 become 2 (rank / m + rank / n), which
     is 29 % less for GaLore at 7B."""
-    TAKERS.update((module, weakref.ref(optimizer)) for module in model.modules() if isinstance(module, Linear))
+    for module in model.modules():
+        if isinstance(module, Linear):
+            TAKERS[module] = weakref.ref(optimizer), weakref.ref(module.weight)
 
 
 def project_factors(module: Linear, p: Tensor, dY: Tensor, X: Tensor) -> bool:
     """Add R of G = dY^T X to p.grad, at rank / m + rank / n of the cost of making G: R = dY^T (X P) if m >= n, else
     (P^T dY^T) X. False, and nothing done, if a new basis needs G itself or no optimizer projects p."""
-    optimizer = TAKERS.get(module, lambda: None)()
+    optimizer, taken = (reference() for reference in TAKERS.get(module, (lambda: None,) * 2))
+    p = taken if is_sharded(taken) else p
     group = group_of(p, optimizer) if optimizer is not None and optimizer.in_backward else {"rank": None}
-    if group["rank"] is None or optimizer._basis_is_due(group, p):
+    due = group["rank"] is not None and optimizer._basis_is_due(group, p)
+    if group["rank"] is None or (due and not is_sharded(p)):
         return False
     if p.grad is None:
         p.grad = ProjectedGradient(p, optimizer)
     elif not isinstance(p.grad, ProjectedGradient) or p.grad.optimizer() is not optimizer:
         return False  # somebody set it: autograd adds to that
+    if due:
+        p.grad.add_gradient(dY.T @ X)
+        return True
     P = optimizer.state[p]["basis"].to(X.dtype)
     p.grad.add_gradient(R=dY.T @ (X @ P) if is_tall(p) else (dY @ P).T @ X)
     return True
+
+
+# 6. Weights that several processes share: FSDP2 (torch.distributed.fsdp.fully_shard)
+#
+# Each process holds some rows of every weight, a DTensor, and all of the small things: P, R and their moments. R is the
+# mean over the processes, as FSDP's own gradients are, so bases and updates are alike, and each updates its own rows.
+
+
+def is_sharded(x: Tensor | None) -> bool:
+    return hasattr(x, "device_mesh")
+
+
+def own(x: Tensor) -> Tensor:
+    """The rows that this process holds; all of a tensor that is not sharded."""
+    return x.to_local() if is_sharded(x) else x
+
+
+def first_row(x: Tensor) -> int:
+    """Which row of the whole the first of `own` is."""
+    return min(x.device_mesh.get_local_rank() * shard_height(x), len(x)) if is_sharded(x) else 0
+
+
+def shard_height(x: Tensor) -> int:
+    """How many rows a process holds, but the last ones, which may have fewer."""
+    return -(-len(x) // x.device_mesh.size())
+
+
+def own_rows(x: Tensor, p: Tensor) -> Tensor:
+    """The rows of x that belong to those which this process holds of p."""
+    return x[first_row(p) :][: len(own(p))] if is_sharded(p) else x
+
+
+def whole(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """All rows of a tensor, of which each process holds those that it holds of `like` (x itself if left out)."""
+    like = x if like is None else like
+    if not is_sharded(like) or like.device_mesh.size() == 1:
+        return own(x)
+    mesh, rows = like.device_mesh, own(x)
+    padded = rows.new_zeros(shard_height(like), *rows.shape[1:], device=mesh.device_type)
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(mesh.size())]
+    torch.distributed.all_gather(parts, padded, group=mesh.get_group())
+    return torch.cat(parts)[: len(like)]
+
+
+def mean_over_processes(x: Tensor, p: Tensor) -> None:
+    """x becomes the mean of what the processes that share p have of it."""
+    torch.distributed.all_reduce(x, group=p.device_mesh.get_group())
+    x.div_(p.device_mesh.size())
+
+
+def compute_device(p: Tensor) -> torch.device:
+    """Where the arithmetic for p is done. Its shards may lie in host memory."""
+    return torch.device(p.device_mesh.device_type) if is_sharded(p) else p.device
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -2192,7 +2193,7 @@ def test_epochs_hold_every_row_once_in_an_order_of_their_own(checkpoint, jsonl):
     args = settings_of("--batch-size", 8, "--micro-batch-size", 3)
     rows = []
     for step in range(16):  # 60 rows are 8 steps
-        for tokens, _, layout, _ in train.step_batches(dataset, args, step):
+        for tokens, _, layout, _ in train.step_batches(dataset, args, step)[0]:
             begins = (layout.positions == 0).nonzero().flatten().tolist()
             rows += [tokens[begin:end].tolist() for begin, end in zip(begins, [*begins[1:], None])]
     assert len(rows) == 120 and rows[:60] != rows[60:] and sorted(rows[:60]) == sorted(rows[60:])
@@ -2351,7 +2352,7 @@ def cli_process(argv: list[str], output: Path, largest_file: int | None) -> None
 
 
 SERVER = multiprocessing.get_context("forkserver")  # forks processes that have imported torch, but not yet used it
-SERVER.set_forkserver_preload([__name__])
+SERVER.set_forkserver_preload([__name__, "torch._dynamo"])
 
 
 def start_cli(
@@ -2450,6 +2451,130 @@ def test_a_failed_save_keeps_the_last_checkpoint_and_the_run(base, tmp_path):
     assert_same_run(tmp_path / "a", out)
 
 
+# Several processes, and weights in host memory
+
+
+def joined_process(line: str, rank: int, count: int, port: int, output: Path) -> None:
+    """cli_process as torchrun would start it."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    cli_process(shlex.split(line), output, None)
+
+
+def start_joined(
+    line: str, count: int, when: Callable = lambda: False, number: int = signal.SIGKILL, victims: slice = slice(None)
+) -> tuple[list[int], str]:
+    """Run train.py in several processes that share the work, and send some of them a signal when `when` is true; then
+    end those that are left a second after the first has failed, as torchrun does. Returns exit codes and what was
+    printed by all."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        outputs = [Path(folder) / str(rank) for rank in range(count)]
+        arguments = [(line, rank, count, port, output) for rank, output in enumerate(outputs)]
+        processes = [SERVER.Process(target=joined_process, args=a) for a in arguments]
+        for process in processes:
+            process.start()
+        began, sent = time.monotonic(), False
+        while any(process.is_alive() for process in processes):
+            text = "".join(output.read_text() for output in outputs if output.exists())
+            assert time.monotonic() < began + 60, f"the run hangs: {text}"
+            if not sent and when():
+                sent = True
+                for process in processes[victims]:
+                    os.kill(process.pid, number)
+            if any(process.exitcode for process in processes):
+                time.sleep(1)
+                for process in processes:
+                    process.terminate()
+            processes[0].join(0.01)
+        text = "".join(output.read_text() for output in outputs if output.exists())
+        return [process.exitcode for process in processes], text
+
+
+def assert_like_runs(a: Path, b: Path) -> None:
+    """The same losses and weights, but for the order of sums."""
+    rows = [[row["loss"] for row in read_metrics(out) if "loss" in row] for out in (a, b)]
+    np.testing.assert_allclose(*rows, rtol=1e-5)
+    weights = [load_model(out / "model").state_dict() for out in (a, b)]
+    for name, weight in weights[0].items():
+        assert (weight - weights[1][name]).norm() < 1e-4 * weight.norm(), name
+
+
+def shared_line(base: str, method: str) -> str:
+    """Flags of a run of 8 steps through draws and new bases, the epoch's last of them with fewer rows."""
+    sampled = "--active 2 --interval 3" if method.startswith(("owlore", "lisa")) else ""
+    low_rank = "--rank 4" if "--rank" not in method else ""
+    rest = "--steps 8 --batch-size 11 --micro-batch-size 3 --update-gap 3 --eval-every 8 --lr 3e-3"
+    return f"{base} {rest} {low_rank} --method {method} {sampled}"
+
+
+@pytest.mark.parametrize("method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings projected"])
+def test_two_or_three_processes_train_what_one_does(method, base, tmp_path):
+    line = shared_line(base, method)
+    train_run(f"{line} --out {tmp_path / '1'}")
+    for count in (2, 3) if method in ("owlore", "full") else (2,):
+        codes, text = start_joined(f"{line} --out {tmp_path / str(count)}", count)
+        assert codes == [0] * count, text
+        assert text.count("saved:") == 1  # one of them talks
+        assert_like_runs(tmp_path / "1", tmp_path / str(count))
+
+
+@pytest.mark.parametrize("method", [*train.METHODS, "owlore --embeddings projected --micro-batch-size 11"])
+def test_weights_in_host_memory_change_nothing(method, base, tmp_path):
+    """(Gradients of several micro-batches that FSDP reduces are added up before, not after, they are projected.)"""
+    line = f"{shared_line(base, method)} --dtype bf16"
+    for out, offload in (("a", ""), ("b", "--offload")):
+        assert start_cli(f"{line} {offload} --out {tmp_path / out}")[0] == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("family", ["llama3.2", "mistral"])  # tied embeddings; a sliding window
+def test_two_processes_share_other_families_and_both_layouts(family, jsonl, tmp_path):
+    path = tmp_path / "hf"
+    save_model(build(family, vocab_size=load_tokenizer(TINY).vocab_size, max_seq_len=256), path, "hf")
+    data.copy_tokenizer(TINY, path)
+    line = shared_line(f"--ckpt {path} --data {jsonl}", "owlore")
+    train_run(f"{line} --out {tmp_path / '1'}")
+    codes, text = start_joined(f"{line} --out {tmp_path / '2'}", 2)
+    assert codes == [0, 0], text
+    assert_like_runs(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (2, 1)])
+def test_a_run_that_was_killed_goes_on_with_as_many_processes_or_others(counts, base, tmp_path):
+    line = f"{shared_line(base, 'owlore')} --save-every 2"
+    codes, text = start_joined(f"{line} --out {tmp_path / 'a'}", counts[0])
+    assert not any(codes), text
+    out = tmp_path / "b"
+    codes, text = start_joined(f"{line} --out {out}", counts[0], when=reached(out, 5))
+    assert codes == [-signal.SIGKILL] * counts[0], text
+    codes, text = start_joined(f"--resume --out {out}", counts[1])
+    assert not any(codes), text
+    assert_same_run(tmp_path / "a", out) if counts == (2, 2) else assert_like_runs(tmp_path / "a", out)
+
+
+def test_a_signal_to_all_processes_saves_once(base, tmp_path):
+    line, out = f"{base} --steps 60", tmp_path / "b"
+    codes, text = start_joined(f"{line} --out {out}", 2, when=reached(out, 5), number=signal.SIGINT)
+    assert codes == [130, 130] and text.count(f"python train.py --resume --out {out}") == 1, text
+    assert 5 < train.load_state(out)["step"] < 60
+
+
+def test_a_process_that_dies_ends_the_run_with_a_line(base, tmp_path):
+    codes, text = start_joined(
+        f"{base} --steps 500 --out {tmp_path / 'a'}", 2, reached(tmp_path / "a", 3), victims=slice(1, 2)
+    )
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL)
+    assert "Traceback" not in text and "another process" in text, text
+
+
+def test_more_processes_than_rows_are_refused(base, tmp_path):
+    codes, text = start_joined(f"{base} --batch-size 2 --out {tmp_path / 'a'}", 3)
+    assert codes == [2, 2, 2] and "fewer rows than the 3 processes" in text and "Traceback" not in text
+
+
 def test_only_the_newest_checkpoints_are_kept(base, tmp_path):
     train_run(f"{base} --save-every 2 --steps 9 --out {tmp_path / 'run'} --keep 2")
     assert [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step-0000008", "step-0000009"]
@@ -2495,8 +2620,8 @@ def test_contradicting_flags_and_changed_data_are_refused_on_resume(base, jsonl,
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_many(monkeypatch, base, tmp_path):
     forward, calls = Transformer.forward, []
 
-    def poisoned(self, tokens, targets=None, cache=None):
-        loss = forward(self, tokens, targets, cache)
+    def poisoned(self, tokens, targets=None, *args, **kwargs):
+        loss = forward(self, tokens, targets, *args, **kwargs)
         calls.append(self.training and targets is not None)
         return loss * math.nan if self.training and (sum(calls) in bad or sum(calls) > 20 and -1 in bad) else loss
 

@@ -25,13 +25,15 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from tqdm import tqdm
 
 import owlore
@@ -39,7 +41,6 @@ from data import (
     TINY,
     Dataset,
     InputError,
-    Layout,
     Record,
     Tokenizer,
     atomic_write,
@@ -52,7 +53,17 @@ from data import (
     read_json,
     split_records,
 )
-from model import CHUNK, ModelConfig, Transformer, add_lora, checkpoint_layout, load, read_checkpoint, save_model
+from model import (
+    CHUNK,
+    ModelConfig,
+    Transformer,
+    add_lora,
+    checkpoint_layout,
+    load,
+    read_checkpoint,
+    require_device,
+    save_model,
+)
 from owlore import LayerSampler, ProjectedAdam, outlier_distribution, sampling_probabilities
 
 CALIBRATION_ROWS = 32  # of calibration text: enough that D_l moves by a few percent at most with the rows drawn
@@ -82,6 +93,12 @@ METHODS = {
 
 def run(args: argparse.Namespace) -> None:
     """Load, score, sample, train, evaluate, save, report."""
+    if started_by_torchrun():
+        join_processes(args)
+    args.out = gather(args.out)[0]  # the first free name, which another process may find taken by this run
+    settings, args = args, fit(args)  # what is saved, and what holds on this machine
+    if args.offload and not dist.is_initialized():
+        join_processes(args)
     state = load_state(Path(args.out)) if args.resume else None
     # What lora saves is merged: it goes on from the weights it began with.
     source = Path(args.out) / "model" if state and args.method != "lora" else Path(args.ckpt)
@@ -100,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
     rows = f"{len(data.rows)} " + (f"records in {len(data.groups)} rows" if args.pack else "rows")
     print(f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {args.device}, {args.dtype}")
 
-    with run_folder(args) as out, open_metrics(out, state) as metrics, note_signals() as signals:
+    with run_folder(settings) as out, open_metrics(out, state) as metrics, note_signals() as signals:
         if not state:
             before = after = evaluate(model, validation, args)  # after: the latest, which a stopped run prints
             log(metrics, step=0, **before)
@@ -113,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
             lr = args.lr * (1 - step / steps)  # linear to zero
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            micro_batches = step_batches(data, args, step)
+            micro_batches, tokens = step_batches(data, args, step)
             loss, norm = training_step(model, optimizer, micro_batches, args.max_grad_norm)
             step += 1
             bad = 0 if math.isfinite(loss + norm) else bad + 1
@@ -121,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
             row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped,
                    "active": sampler.drawn if sampler else list(range(len(model.layers))),
                    "seconds": time.perf_counter() - began, "memory": peak_memory(args.device)}  # fmt: skip
-            row["tokens_per_second"] = sum(tokens.numel() for tokens, *_ in micro_batches) / row["seconds"]
+            row["tokens_per_second"] = tokens / row["seconds"]
             log(metrics, **row)
             bar.set_postfix_str(progress(row, sampled=sampler is not None))
             bar.update()
@@ -132,16 +149,16 @@ def run(args: argparse.Namespace) -> None:
                 after = evaluate(model, validation, args)
                 log(metrics, step=step, **after)
                 tqdm.write(f"step {step}: " + describe(after))
-            stopping = bool(signals)
+            stopping = any(gather(signals))
             if step == steps or stopping or (args.save_every and step % args.save_every == 0 and not bad):
                 now = {"step": step, "skipped": skipped, "before": before, "after": after, "outliers": outliers,
                        "data": zlib.crc32(data.ids), "logged": metrics.tell(), "adapters": adapters(model),
-                       "optimizer": optimizer.state_dict(), "sampler": sampler and sampler.state_dict()}  # fmt: skip
+                       "optimizer": optimizer_state(optimizer), "sampler": sampler and sampler.state_dict()}  # fmt: skip
                 save_checkpoint(out, args.keep, model, source, now, last=step == steps or stopping)
         bar.close()
         if step < steps:
             print(f"stopped at step {step} of {steps}; to go on: python train.py --resume --out {out}")
-            sys.exit(128 + signals[0])
+            sys.exit(128 + (signals or [signal.SIGTERM])[0])
     print(f"\nbefore: {describe(before)}\nafter:  {describe(after)}\nsaved:  {out / 'model'}")
 
 
@@ -158,22 +175,32 @@ def training_step(
         part.backward()  # projects each matrix's gradient as soon as it is there
         loss = loss + part.detach()
     norm = optimizer.clip_grad_norm_(max_grad_norm)
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
     loss, norm = torch.stack([loss, norm.to(loss)]).tolist()  # the only wait for the device in a step without new bases
     if math.isfinite(loss + norm):
         optimizer.step()
     return loss, norm
 
 
-def step_batches(data: Dataset, args: argparse.Namespace, step: int) -> list[tuple[Tensor, Tensor, Layout, float]]:
-    """The micro-batches of a step: tokens, targets, layout, as `lay_out`, and their share of the step's targets."""
+def step_batches(data: Dataset, args: argparse.Namespace, step: int) -> tuple[list[tuple], int]:
+    """The micro-batches of a step: tokens, targets and layout, as `lay_out`, and what their mean loss counts; and the
+    number of tokens in the step. Of several processes each has its share of the rows."""
     # The order of an epoch is a function of seed and epoch alone, so a resumed run reads what it would have read.
     epoch, position = divmod(step, math.ceil(len(data.groups) / args.batch_size))
     order = np.random.default_rng([args.seed, epoch]).permutation(len(data.groups))
     groups = [data.groups[n] for n in order[position * args.batch_size :][: args.batch_size]]
-    parts = [groups[n : n + args.micro_batch_size] for n in range(0, len(groups), args.micro_batch_size)]
-    batches = [data.batch(sum(part, [])) for part in parts]
-    total = max(sum(len(targets) for _, targets, _ in batches), 1)
-    return [(*(t.to(args.device) for t in batch), len(batch[1]) / total) for batch in batches]
+    rows = [data[n] for group in groups for n in group]
+    total = max(sum((row[1:] >= 0).sum() for row in rows), 1)
+    here, most = groups[rank() :: processes()], math.ceil(len(groups) / processes())
+    batches = []
+    for n in range(0, most, args.micro_batch_size):
+        part = here[n : n + args.micro_batch_size]
+        batch = data.batch(sum(part or groups[:1], []))  # who has no row left takes part, but with what counts nothing
+        share = processes() * len(batch[1]) / total if part else 0.0  # FSDP makes gradients the mean over processes
+        batches.append((*(t.to(args.device) for t in batch), share))
+    return batches, sum(len(row) - 1 for row in rows)
 
 
 # Who is trained, and how
@@ -204,39 +231,77 @@ def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAd
     return optimizer
 
 
-def step_memory(model: Transformer, args: argparse.Namespace, recompute: bool) -> int:
-    """Bytes of a training step at its peak: within 3 % of what bench/memory.py counts, tensor by tensor, at 7B."""
+def step_memory(model: Transformer, args: argparse.Namespace) -> int:
+    """Bytes of a training step on its device at its peak. On one card without --offload it is within 3 % of what
+    bench/memory.py counts, tensor by tensor, at 7B. The model may be without memory ("meta")."""
     c, size, tokens = model.config, model.output.weight.element_size(), args.micro_batch_size * args.seq_len
     share = args.active / c.n_layers if args.sampling else 1.0  # of the layers, that is trained
+    sharded, parts = args.offload or processes() > 1, math.inf if args.offload else processes()
     held, ends, blocks, whole = 0, 0, 0, 0  # weights with their state; gradients of embedding and head; of blocks
     for name, p in model.named_parameters():
-        kind, inside = how_trained(name, p, args), name.startswith("layers.")
-        held += size * p.numel()
+        kind, inside, weight = how_trained(name, p, args), name.startswith("layers."), size * p.numel()
         gradient, state = 0, 0
         if kind == "plain":
-            gradient, state = size * p.numel(), 8 * p.numel()
+            gradient, state = weight, 8 * p.numel() / parts
         elif kind == "projected":  # R, of which there are two moments, and the basis
-            rank, (small, large) = min(args.rank, *p.shape), sorted(p.shape)
-            gradient, state = 4 * rank * large, 4 * rank * (2 * large + small)
-            whole = max(whole, size * p.numel())  # one gradient is, at a time
-        held, blocks = held + state * (share if inside else 1), blocks + gradient * share * inside
-        ends += gradient * (not inside)
+            low, (small, large) = min(args.rank, *p.shape), sorted(p.shape)
+            gradient, state = 4 * low * large, 4 * low * (2 * large + small)
+            whole = max(whole, weight)  # one gradient is, at a time
+        held += weight / parts + state * (share if inside else 1)
+        if (
+            sharded
+        ):  # embedding and head are whole throughout; a block is as it is used, the next on its way, and a copy
+            held += 3 * weight / c.n_layers if inside else weight
+        blocks, ends = blocks + gradient * share * inside, ends + gradient * (not inside)
     # What a block keeps of each token: its two inputs, queries, keys, values and what attention makes of them, gate and
     # up; if it is trained also the inputs of its linears and of the norms' weights
     frozen = 2 * c.dim + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * c.hidden_dim
     trained = frozen + (2 if args.method == "lora" else 4) * c.dim + c.hidden_dim
-    if recompute:  # its first input, and all the rest only while its backward pass runs
+    if args.recompute:  # its first input, and all the rest only while its backward pass runs
         kept, working = c.n_layers * c.dim, trained + 2 * c.hidden_dim * (args.method == "lora")
     else:
         kept, working = c.n_layers * (share * trained + (1 - share) * frozen), 2 * c.hidden_dim
     kept, working, output = (n * tokens * size for n in (kept, working, c.dim))
-    head = ends if args.micro_batch_size < args.batch_size else ends / 2  # the embedding's comes last, but it stays
-    return held + int(max(
+    more = args.micro_batch_size * processes() < args.batch_size  # micro-batches: the gradients before are there
+    head = ends if more else ends / 2  # the embedding's comes last
+    return int(held + ends * sharded + max(  # FSDP copies gradients that it reduces
         kept + output + head + 3 * 4 * CHUNK + whole * (args.embeddings == "projected"),  # the loss
         kept + output + head + working,  # the backward pass of the last block
         kept / c.n_layers + output + head + working + blocks * (1 - 1 / c.n_layers),  # of the first one
         output + ends + blocks + whole,  # and of the embedding
     ))  # fmt: skip
+
+
+def fit(args: argparse.Namespace) -> argparse.Namespace:
+    """The settings with what the device has room for: in this order activations are kept or recomputed, fewer rows are
+    computed at once, and weights stay in host memory. None of it changes what is trained. Raises InputError if nothing
+    fits, or if there are more processes than rows in a step."""
+    rows = math.ceil(args.batch_size / processes())
+    if processes() > args.batch_size:
+        raise InputError(f"--batch-size {args.batch_size}: fewer rows than the {processes()} processes; start fewer")
+    fitted = argparse.Namespace(**vars(args) | {"recompute": False, "micro_batch_size": args.micro_batch_size or rows})
+    require_device(args.device)
+    if not args.device.startswith("cuda") or args.eval_only:
+        return fitted
+    with torch.device("meta"):
+        model = Transformer(read_checkpoint(args.ckpt)[0]).to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+        if args.method == "lora":
+            add_lora(model, args.rank, args.lora_alpha)
+    fewer = [] if args.micro_batch_size else [math.ceil(rows / 2**n) for n in range(1, rows.bit_length())]
+    ways = [(False, fitted.micro_batch_size), *((True, n) for n in dict.fromkeys([fitted.micro_batch_size, *fewer]))]
+    room = torch.cuda.mem_get_info(args.device)[0]
+    for offload in dict.fromkeys((args.offload, True)):
+        for recompute, at_once in ways:
+            fitted.offload, fitted.recompute, fitted.micro_batch_size = offload, recompute, at_once
+            needed = 1.05 * step_memory(model, fitted)  # the allocator cannot use all there is
+            if min(gather(room > needed)):
+                print(f"a step takes {needed / 2**30:.1f} of {room / 2**30:.1f} GiB: activations "
+                      f"{'recomputed' if recompute else 'kept'}, {at_once} of {rows} rows at once, weights "
+                      f"{'in host memory' if offload else 'on the device'}")  # fmt: skip
+                return fitted
+    raise InputError(f"out of memory: a step takes {needed / 2**30:.1f} GiB, of which {room / 2**30:.1f} are free, even with "
+                     "weights in host memory; --embeddings projected or frozen, a smaller --active, --rank or --seq-len "
+                     "need less")  # fmt: skip
 
 
 def score_layers(model: Transformer, data: Dataset, args: argparse.Namespace) -> Tensor:
@@ -246,6 +311,8 @@ def score_layers(model: Transformer, data: Dataset, args: argparse.Namespace) ->
         return outlier_distribution(model, model.layers, (row.to(args.device) for row in rows), args.threshold)
     except ValueError as error:
         raise InputError(f"{args.ckpt}: {error}") from None
+    finally:
+        reshard(model)
 
 
 # Evaluation
@@ -297,19 +364,18 @@ def row_losses(model: Transformer, examples: list[list[np.ndarray]], args: argpa
         if groups[-1] and (len(groups[-1]) + 1) * sizes[n] > most:
             groups.append([])
         groups[-1].append(n)
-    losses, counts = [None] * len(examples), [None] * len(examples)
-    for group in tqdm(groups, "evaluating", leave=False, disable=None):
+    here, results = groups[rank() :: processes()], {}
+    for n in tqdm(range(math.ceil(len(groups) / processes())), "evaluating", leave=False, disable=None):
+        group = here[n] if n < len(here) else groups[0]  # who has none left takes part all the same
         tokens, targets, layout, parts = lay_out([examples[n] for n in group])
-        hidden = model.hidden(tokens.to(args.device), layout.to(args.device))  # [K, dim]
-        chunks = zip(hidden.split(512), targets.to(args.device).split(512))  # all logits might not fit
-        loss = torch.cat([F.cross_entropy(model.output(h).float(), t, reduction="none") for h, t in chunks])
-        sums = iter([part.sum().item() for part in loss.cpu().double().split(parts)])
-        parts = iter(parts)
+        loss = model(tokens.to(args.device), targets.to(args.device), layout.to(args.device), reduction="none")  # [K]
+        sums = iter([(part.sum().item(), len(part)) for part in loss.cpu().double().split(parts)])
         for n in group:
-            begin, told = next(sums), next(parts)
-            losses[n] = [begin + next(sums) for _ in examples[n]]
-            counts[n] = [told + next(parts) for _ in examples[n]]
-    return losses, counts
+            common = np.array(next(sums))
+            results[n] = [common + next(sums) for _ in examples[n]]  # [loss, count] of each row
+    reshard(model)
+    results = {n: result for part in gather(results) for n, result in part.items()}
+    return tuple([[row[i] for row in results[n]] for n in range(len(examples))] for i in (0, 1))
 
 
 # Settings: decided once, from what was typed, the model's config and the device
@@ -353,8 +419,9 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=at_least(0, float), default=0.0, help="default: %(default)s")
     add("--max-grad-norm", type=positive, default=1.0, help="clip gradients to this norm (default: %(default)s)")
     add("--batch-size", type=at_least(1), default=16, help="rows in an optimizer step (default: %(default)s)")
-    add("--micro-batch-size", type=at_least(1), help="rows at once in forward and backward (default: --batch-size)")
+    add("--micro-batch-size", type=at_least(1), help="rows at once in forward and backward, of each process (default: all that fit)")
     add("--seq-len", type=at_least(1), help="tokens in a row (default: 512, or the model's context if that is shorter)")
+    add("--offload", action="store_true", help="keep the weights in host memory, and bring in each block ahead of its use (default: if they do not fit)")
     add("--pack", action="store_true", help="fill each row with as many records as fit, as the published recipe does (default: one a row)")
     add("--epochs", type=at_least(1), default=1, help="default: %(default)s")
     add("--steps", type=at_least(1), help="optimizer steps; overrides --epochs")
@@ -419,7 +486,6 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
         "threshold": owlore.default_threshold(config.dim),
         "embeddings": "frozen" if lora else "full",
         "lr": 3e-4 * (4096 / config.dim) ** 0.75,
-        "micro_batch_size": args.batch_size,
         "seq_len": min(512, config.max_seq_len),
         "dtype": "bf16" if args.device.startswith("cuda") else "fp32",
     }.items():
@@ -451,6 +517,9 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
     """Make the folder of a run, or open it again with --resume, and hold it for this process. Raises InputError if it
     cannot be made, holds something else, or another run is writing there."""
     out, begun = Path(args.out), args.resume and (Path(args.out) / "args.json").exists()
+    if rank():
+        yield out
+        return
     # A run that was killed before it began leaves no more than these.
     if (
         not begun
@@ -475,6 +544,8 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 def open_metrics(out: Path, state: dict | None) -> IO[bytes]:
     """metrics.jsonl to append to. What was logged after the checkpoint that a run goes on from is dropped."""
+    if rank():
+        return open(os.devnull, "ab", buffering=0)
     metrics = open(out / "metrics.jsonl", "ab", buffering=0)
     metrics.truncate(state["logged"] if state else 0)
     return metrics
@@ -491,13 +562,18 @@ def log(metrics: IO[bytes], **row) -> None:
 def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, state: dict, last: bool) -> None:
     """Write checkpoints/step-N beside the others, and point `latest` to it once it is complete; then remove all but the
     `keep` newest. If that fails what was there is kept, and the run goes on, or raises InputError if it is the last."""
+    if rank():  # it gives its rows to the first process, which writes
+        save_model(model, out, write=False)
+        if gather(None)[0] and last:
+            sys.exit(2)
+        return
     source = out / "model" if (out / "model").exists() else source  # of a resumed run: its first source may be gone
     folder = out / "checkpoints" / f"step-{state['step']:07}"
-    new = folder.with_suffix(".tmp")
+    new, problem = folder.with_suffix(".tmp"), None
     shutil.rmtree(new, ignore_errors=True)
     try:
-        (new / "state").mkdir(parents=True)
         save_model(model, new / "model", checkpoint_layout(source))
+        (new / "state").mkdir()
         copy_tokenizer(source, new / "model")
         with atomic_write(new / "state" / "state.pt") as file:
             torch.save(state, file)
@@ -510,6 +586,8 @@ def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, stat
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
         shutil.rmtree(new, ignore_errors=True)
         problem = f"--out {out}: step {state['step']} could not be saved ({error}); the checkpoint before it is kept"
+    gather(problem)
+    if problem:
         if last:
             raise InputError(f"{problem}; free space, then: python train.py --resume --out {out}") from None
         tqdm.write(problem)
@@ -535,7 +613,19 @@ def load_state(out: Path) -> dict | None:
 
 def adapters(model: Transformer) -> dict[str, Tensor]:
     """LoRA's additions, which the saved weights hold merged."""
-    return {name: p for name, p in model.state_dict().items() if name.endswith((".A", ".B"))}
+    return {name: owlore.whole(p.detach()) for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
+
+
+def optimizer_state(optimizer: ProjectedAdam) -> dict:
+    """Its state_dict; in the first process with all rows of the moments that are sharded."""
+    state = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, moments in state["state"].items():
+        p = parameters[index]
+        if owlore.is_sharded(p) and "basis" not in moments:
+            rows = {key: owlore.whole(value, p) for key, value in moments.items() if isinstance(value, Tensor)}
+            state["state"][index] = moments | ({} if rank() else {key: value.cpu() for key, value in rows.items()})
+    return state
 
 
 def restore(
@@ -546,7 +636,9 @@ def restore(
     if state["data"] != zlib.crc32(data.ids):
         raise InputError("--data: is not what this run was reading; put the old file back")
     optimizer.load_state_dict(state["optimizer"])
-    model.load_state_dict(state["adapters"], strict=False)
+    for name, value in state["adapters"].items():
+        p = model.get_parameter(name).detach()
+        owlore.own(p).copy_(owlore.own_rows(value, p))
     if sampler:
         sampler.load_state_dict(state["sampler"])
     return state["step"], state["skipped"], state["before"], state["after"]
@@ -562,13 +654,11 @@ def load_inputs(source: Path, args: argparse.Namespace) -> tuple[Transformer, Da
     else:
         records, held_out = split_records(load_records(args.data), HELD_OUT, HELD_OUT_RECORDS, args.seed)
     torch.manual_seed(args.seed)
-    model, tokenizer = load(source, args)
-    if args.method == "lora":
+    sharded = args.offload or processes() > 1
+    model, tokenizer = load(source, args, partial(shard, args=args) if sharded else None)
+    if args.method == "lora" and not sharded:
         add_lora(model, args.rank, args.lora_alpha)
-    if args.device.startswith("cuda"):
-        room = torch.cuda.mem_get_info(args.device)[0] + torch.cuda.memory_allocated(args.device)
-        # Recomputing takes a quarter more time. The 5 % are what the allocator cannot use.
-        model.checkpoint_blocks = 1.05 * step_memory(model, args, recompute=False) > room
+    model.checkpoint_blocks = args.recompute
     validation = build_validation(held_out, tokenizer, args.seq_len)
     data = None if args.eval_only else build_dataset(records, tokenizer, args.seq_len)
     if args.pack and data:
@@ -580,6 +670,58 @@ def load_inputs(source: Path, args: argparse.Namespace) -> tuple[Transformer, Da
     if data and not data.predicts():
         raise InputError(f"{args.data}: nothing to learn: every completion is empty")
     return model, data, validation
+
+
+def shard(model: Transformer, args: argparse.Namespace) -> str:
+    """Have torch's FSDP2 share a model out among the processes, while it has no memory yet. Returns where its shards
+    belong: with --offload in host memory, from which each block comes ahead of its use."""
+    if args.method == "lora":
+        add_lora(model, args.rank, args.lora_alpha)
+    cuda = args.device.startswith("cuda")
+    mesh = dist.device_mesh.init_device_mesh("cuda" if cuda else "cpu", (processes(),))
+    policy = CPUOffloadPolicy(pin_memory=cuda) if args.offload else OffloadPolicy()
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh, offload_policy=policy)
+    return "cpu" if args.offload else args.device
+
+
+def reshard(model: Transformer) -> None:
+    """Let go of embedding and head, which FSDP keeps whole after a forward pass, for the backward pass to come."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Join the processes that torchrun has started, the first of which talks. FSDP needs a group for --offload, too."""
+    cuda = args.device.startswith("cuda")
+    if started_by_torchrun() and cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    alone = {} if started_by_torchrun() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    if rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value: object) -> list:
+    """What each process has, in all of them."""
+    values = [value] * processes()
+    if processes() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def layer_chart(columns: dict[str, Sequence[float]], width: int = 30) -> str:
@@ -663,7 +805,17 @@ def show_layers() -> None:
 def main() -> None:
     """`python train.py`."""
     parser = flag_parser()
-    command(parser, lambda: run(read_settings(parser)))
+    try:
+        command(parser, lambda: run(read_settings(parser)))
+    except RuntimeError as error:
+        if processes() == 1:
+            raise
+        parser.error(
+            f"another process of this run has failed ({str(error).splitlines()[0][:100]}); what was saved is kept"
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
