@@ -160,7 +160,9 @@ class Attention(nn.Module):
                 cache[self] = k, v
             # A single query sees every key. For more, torch's causal mask is right only with as many keys as queries.
             causal = mask is None and q.shape[2] > 1
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+            if grouped and mask is not None:  # no fast kernel on GPUs takes both
+                k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped and mask is None)
             groups.append(y.transpose(1, 2))  # [B, T, heads, head_dim]
         return self.wo(layout.unpad(groups).flatten(1))
 
@@ -219,6 +221,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.layout = "meta"  # of the checkpoint that it was loaded from
         self.checkpoint_blocks = False  # recompute each block's activations in the backward pass, do not store them
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -648,6 +651,7 @@ def load_model(
             own(parameter.detach()).copy_(own_rows(weight, parameter))
         else:
             model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(weight)
+    model.layout = "hf" if hf else "meta"
     if config.tie_word_embeddings and not distribute:
         model.output.weight = model.tok_embeddings.weight
     for module in model.modules():
@@ -759,8 +763,8 @@ def save_model(model: Transformer, path: str | Path, layout: str = "meta", write
         with atomic_write(path / files[1]) as file:
             file.write(json.dumps(hf_config(model) if layout == "hf" else meta_config(config), indent=2).encode())
     finally:
-        for _ in values:  # the other processes wait for this one to take its part
-            pass
+        for _, value in values:  # the other processes wait for this one to take its part, and it for them
+            value[:1].cpu()
 
 
 def main() -> None:

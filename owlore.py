@@ -280,8 +280,8 @@ class ProjectedAdam(torch.optim.Optimizer):
             if group["rank"] is None:
                 if "basis" in state:  # the group was edited: begin anew
                     state.clear()
-                m, v, t = moments(state, p.grad)
-                for p_rows, *rows, noise in row_blocks(p, seed, own(p.grad), own(m), own(v)):
+                m, v, t = moments(state, own(p.grad))
+                for p_rows, *rows, noise in row_blocks(p, seed, own(p.grad), m, v):
                     write_back(p_rows, adam(*rows, t, group), group, noise)
                 continue
             R = self._low_rank(group, p)  # R = G P, of a new P if it is due
@@ -794,10 +794,11 @@ def own_rows(x: Tensor, p: Tensor) -> Tensor:
 
 
 def whole(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """All rows of a tensor, of which each process holds those that it holds of `like` (x itself if left out)."""
+    """All rows of a tensor, of which each process holds those that it holds of `like` (x itself if left out), on the
+    device that computes."""
     like = x if like is None else like
     if not is_sharded(like) or like.device_mesh.size() == 1:
-        return own(x)
+        return own(x).to(compute_device(like))
     mesh, rows = like.device_mesh, own(x)
     padded = rows.new_zeros(shard_height(like), *rows.shape[1:], device=mesh.device_type)
     padded[: len(rows)] = rows

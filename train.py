@@ -25,7 +25,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -58,7 +58,6 @@ from model import (
     ModelConfig,
     Transformer,
     add_lora,
-    checkpoint_layout,
     load,
     read_checkpoint,
     require_device,
@@ -107,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         return print(f"{args.ckpt} on {args.val_data or args.data}: {describe(evaluate(model, validation, args))}")
     sampler = outliers = None
     if args.sampling:
-        outliers = state["outliers"] if state else score_layers(model, data, args)  # 1. score
+        outliers = gather(state["outliers"] if state else score_layers(model, data, args))[0]  # 1. score
         p = sampling_probabilities(outliers, args.sampling)  # 2. sample
         sampler = LayerSampler(model.layers, p, args.active, args.seed)
         print(layer_chart({"outliers %": 100 * outliers, "p": p}))
@@ -115,7 +114,10 @@ def run(args: argparse.Namespace) -> None:
     step, skipped, before, after = restore(state, model, optimizer, sampler, data) if state else (0, 0, None, None)
     steps = args.steps or args.epochs * math.ceil(len(data.groups) / args.batch_size)
     rows = f"{len(data.rows)} " + (f"records in {len(data.groups)} rows" if args.pack else "rows")
-    print(f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {args.device}, {args.dtype}")
+    print(
+        f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {args.device}, {args.dtype}"
+        + f", {processes()} processes" * (processes() > 1)
+    )
 
     with run_folder(settings) as out, open_metrics(out, state) as metrics, note_signals() as signals:
         if not state:
@@ -277,11 +279,11 @@ def fit(args: argparse.Namespace) -> argparse.Namespace:
     computed at once, and weights stay in host memory. None of it changes what is trained. Raises InputError if nothing
     fits, or if there are more processes than rows in a step."""
     rows = math.ceil(args.batch_size / processes())
-    if processes() > args.batch_size:
+    if processes() > args.batch_size and not args.eval_only:
         raise InputError(f"--batch-size {args.batch_size}: fewer rows than the {processes()} processes; start fewer")
     fitted = argparse.Namespace(**vars(args) | {"recompute": False, "micro_batch_size": args.micro_batch_size or rows})
     require_device(args.device)
-    if not args.device.startswith("cuda") or args.eval_only:
+    if not args.device.startswith("cuda"):
         return fitted
     with torch.device("meta"):
         model = Transformer(read_checkpoint(args.ckpt)[0]).to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
@@ -290,6 +292,10 @@ def fit(args: argparse.Namespace) -> argparse.Namespace:
     fewer = [] if args.micro_batch_size else [math.ceil(rows / 2**n) for n in range(1, rows.bit_length())]
     ways = [(False, fitted.micro_batch_size), *((True, n) for n in dict.fromkeys([fitted.micro_batch_size, *fewer]))]
     room = torch.cuda.mem_get_info(args.device)[0]
+    if args.eval_only:
+        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / processes()
+        fitted.offload = args.offload or any(gather(weights > 0.8 * room))
+        return fitted
     for offload in dict.fromkeys((args.offload, True)):
         for recompute, at_once in ways:
             fitted.offload, fitted.recompute, fitted.micro_batch_size = offload, recompute, at_once
@@ -572,7 +578,7 @@ def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, stat
     new, problem = folder.with_suffix(".tmp"), None
     shutil.rmtree(new, ignore_errors=True)
     try:
-        save_model(model, new / "model", checkpoint_layout(source))
+        save_model(model, new / "model", model.layout)
         (new / "state").mkdir()
         copy_tokenizer(source, new / "model")
         with atomic_write(new / "state" / "state.pt") as file:
@@ -583,7 +589,7 @@ def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, stat
             (out / f"{name}.tmp").unlink(missing_ok=True)
             (out / f"{name}.tmp").symlink_to(target)
             os.replace(out / f"{name}.tmp", out / name)
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+    except (InputError, OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
         shutil.rmtree(new, ignore_errors=True)
         problem = f"--out {out}: step {state['step']} could not be saved ({error}); the checkpoint before it is kept"
     gather(problem)
@@ -606,7 +612,7 @@ def load_state(out: Path) -> dict | None:
             raise InputError(f"{out / 'latest'}: points to a checkpoint that is gone; choose another --out")
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load has no one error for a damaged file
         raise InputError(f"{path}: damaged ({type(error).__name__}); the model beside it is still usable") from None
 
@@ -693,13 +699,17 @@ def reshard(model: Transformer) -> None:
 
 def join_processes(args: argparse.Namespace) -> None:
     """Join the processes that torchrun has started, the first of which talks. FSDP needs a group for --offload, too."""
+    require_device(args.device)
     cuda = args.device.startswith("cuda")
-    if started_by_torchrun() and cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if started_by_torchrun() and args.device not in ("cuda", "cpu"):
+        raise InputError(f"--device {args.device}: each process takes a card of its own; leave the number out")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.device(args.device).index or 0)))
     alone = {} if started_by_torchrun() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     if rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
 
 def started_by_torchrun() -> bool:
@@ -805,13 +815,21 @@ def show_layers() -> None:
 def main() -> None:
     """`python train.py`."""
     parser = flag_parser()
+
+    def error(message: str) -> None:
+        if rank():  # what all processes met the first one says, and torchrun ends the others meanwhile
+            time.sleep(2)
+        argparse.ArgumentParser.error(parser, message)
+
+    parser.error = error
     try:
         command(parser, lambda: run(read_settings(parser)))
-    except RuntimeError as error:
+        gather(None)  # nobody leaves while another may still want to hear from him
+    except RuntimeError as problem:
         if processes() == 1:
             raise
         parser.error(
-            f"another process of this run has failed ({str(error).splitlines()[0][:100]}); what was saved is kept"
+            f"another process of this run has failed ({str(problem).splitlines()[0][:100]}); what was saved is kept"
         )
     finally:
         if dist.is_initialized():

@@ -204,7 +204,7 @@ def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
 def memory(args: argparse.Namespace, flags: dict) -> dict:
     """Bytes of a training step as bench/memory.py counts them: optimizer "state" and, "predicted", the peak. Blocks are
     recomputed, as on a card that is too small for their activations."""
-    filled = argparse.Namespace(**vars(fill(args, flags)), checkpoint_blocks=True)
+    filled = argparse.Namespace(**vars(fill(args, flags)) | {"recompute": True, "micro_batch_size": args.batch_size})
     shape = {"batch_size": args.batch_size, "seq_len": args.seq_len}
     return cached(args, {"memory": shape | flags}, lambda: measure(args.config, filled))
 

@@ -6,6 +6,7 @@
     refresh    projection_basis, randomized beside the exact SVD: its time, and the energy that it captures; and two ways
                to make it faster that it does not use, a warm start and batches
     tokenise   100 MB of text: time and memory
+    scale      one and two processes, and weights in host memory: tokens per second
     growth     tokens per second and peak memory over width, depth, length and rank, and what they are spent on
 
 The peer is `LlamaForCausalLM` with gradient checkpointing, its layers sampled by toggling `requires_grad`, and
@@ -22,9 +23,12 @@ The peer is `LlamaForCausalLM` with gradient checkpointing, its layers sampled b
 
 import argparse
 import datetime
+import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -467,6 +471,31 @@ def tokenise(args: argparse.Namespace) -> list[str]:
     ]
 
 
+def scale(args: argparse.Namespace) -> list[str]:
+    """train.py on one and on two processes, each with one thread, the weights whole, shared and in host memory."""
+    model, flags = args.model if args.model not in SHAPES else str(TINY), ["--steps", str(10 * args.steps)]
+    flags += ["--eval-every", "1000", "--batch-size", "16", "--device", "cpu"]
+    flags += ["--ckpt", model] + (["--data", args.data] if args.data else [])
+    ways = {"one": [], "one, weights in host memory": ["--offload"], "two": []}
+    environment, table = os.environ | {"OMP_NUM_THREADS": "1"}, []
+    for name, extra in tqdm(ways.items(), "ways", leave=False, disable=None):
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if name == "two" else []
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags, *extra, "--out", f"{folder}/run"]
+            subprocess.run(command, env=environment, check=True, capture_output=True)
+            rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+        rates = [row["tokens_per_second"] for row in rows if "loss" in row][3:]
+        losses = [row["loss"] for row in rows if "loss" in row]
+        table.append(f"| {name} | {spread(rates, ',.0f')} | {losses[0]:.5f} | {losses[-1]:.5f} |")
+    return [
+        f"{Path(model).name}, 16 rows a step, {10 * args.steps} steps of train.py, one thread in each process.",
+        "",
+        "| processes | tokens per second | first loss | last loss |",
+        "|---|---|---|---|",
+        *table,
+    ]
+
+
 # The base has the second value of each; the others are taken one at a time.
 GROWTH = {"width": (128, 256, 512), "depth": (2, 4, 8), "length": (128, 256, 512), "rank": (8, 16, 32)}
 
@@ -544,7 +573,7 @@ def main() -> None:
     )
     positive = train.at_least(1)
     add = parser.add_argument
-    add("what", choices=("data", "steps", "refresh", "tokenise", "growth"))
+    add("what", choices=("data", "scale", "steps", "refresh", "tokenise", "growth"))
     add(
         "--model",
         default="small",
@@ -572,13 +601,20 @@ def measure(args: argparse.Namespace) -> None:
     """Measure, print the table and write it."""
     cuda = args.device.startswith("cuda")
     args.dtype = torch.bfloat16 if args.dtype == "bf16" or (args.dtype is None and cuda) else torch.float32
-    if args.what == "tokenise":
+    if args.what == "tokenise":  # SHAPES have no tokenizer
         args.model = str(TINY) if args.model in SHAPES else args.model
     args.config = SHAPES.get(args.model) or (SHAPES["small"] if args.what == "tokenise" else parse_shape(args.model))
     args.active = args.active or -(-5 * args.config.n_layers // 32)
     args.rank = args.rank or (256 if args.what == "refresh" else args.config.dim // 16)
     torch.manual_seed(args.seed)
-    benches = {"data": real_data, "steps": steps, "refresh": refresh, "tokenise": tokenise, "growth": growth}
+    benches = {
+        "data": real_data,
+        "scale": scale,
+        "steps": steps,
+        "refresh": refresh,
+        "tokenise": tokenise,
+        "growth": growth,
+    }
     lines = benches[args.what](args)
     command = f"python bench/speed.py {' '.join(sys.argv[1:])}"
     lines = [f"# Speed: {args.what}", "", f"`{command}`, {datetime.date.today()}, {machine(args.device)}.", "", *lines]
