@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shlex
 import shutil
@@ -2568,6 +2569,43 @@ def test_a_process_that_dies_ends_the_run_with_a_line(base, tmp_path):
     )
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL)
     assert "Traceback" not in text and "another process" in text, text
+
+
+LLAMA3_8B = dict(vocab_size=128256, n_kv_heads=8, hidden_dim=14336, rope_theta=500000.0)
+
+
+@pytest.mark.parametrize(
+    "shape, room, flags, expected",
+    [
+        ({}, 80, "", (False, False, 16)),
+        ({}, 24, "", (False, True, 16)),
+        ({}, 17, "", (False, True, 2)),
+        ({}, 12, "", (True, True, 16)),
+        ({}, 80, "--offload --micro-batch-size 4", (True, False, 4)),
+        (LLAMA3_8B, 24, "", (True, True, 16)),
+        (dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672), 22, "", (True, True, 8)),
+    ],
+)
+def test_what_fits_is_decided_in_an_order(shape, room, flags, expected, monkeypatch, capsys):
+    """Activations are kept, blocks recomputed, rows halved, weights left in host memory: whatever comes first and fits."""
+    config = ModelConfig(**shape)
+    monkeypatch.setattr(train, "read_checkpoint", lambda path: (config, {}))
+    monkeypatch.setattr(train, "require_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room * 2**30, room * 2**30))
+    args = train.flag_parser().parse_args(shlex.split(f"--data - --out - --device cuda {flags}"))
+    fitted = train.fit(train.decide_settings(args, config))
+    assert (fitted.offload, fitted.recompute, fitted.micro_batch_size) == expected
+    needed, free = (float(n) for n in re.search(r"takes ([\d.]+) of ([\d.]+) GiB", capsys.readouterr().out).groups())
+    assert needed < free == room
+
+
+def test_what_cannot_fit_says_what_needs_less(monkeypatch):
+    monkeypatch.setattr(train, "read_checkpoint", lambda path: (ModelConfig(), {}))
+    monkeypatch.setattr(train, "require_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
+    args = train.flag_parser().parse_args(shlex.split("--data - --out - --device cuda --method full"))
+    with pytest.raises(InputError, match="--embeddings projected or frozen"):
+        train.fit(train.decide_settings(args, ModelConfig()))
 
 
 def test_more_processes_than_rows_are_refused(base, tmp_path):
