@@ -244,16 +244,16 @@ def step_memory(model: Transformer, args: argparse.Namespace) -> int:
         kind, inside, weight = how_trained(name, p, args), name.startswith("layers."), size * p.numel()
         gradient, state = 0, 0
         if kind == "plain":
-            gradient, state = weight, 8 * p.numel() / parts
+            gradient, state = weight / (parts if inside and sharded else 1), 8 * p.numel() / parts
         elif kind == "projected":  # R, of which there are two moments, and the basis
             low, (small, large) = min(args.rank, *p.shape), sorted(p.shape)
             gradient, state = 4 * low * large, 4 * low * (2 * large + small)
             whole = max(whole, weight)  # one gradient is, at a time
         held += weight / parts + state * (share if inside else 1)
-        if (
-            sharded
-        ):  # embedding and head are whole throughout; a block is as it is used, the next on its way, and a copy
-            held += 3 * weight / c.n_layers if inside else weight
+        if sharded:
+            # Embedding and head are whole throughout. A block is while it is used, and the next on its way, and a copy;
+            # and so is its gradient, with a copy to be reduced.
+            held += (5 if kind == "plain" else 3) * weight / c.n_layers if inside else weight
         blocks, ends = blocks + gradient * share * inside, ends + gradient * (not inside)
     # What a block keeps of each token: its two inputs, queries, keys, values and what attention makes of them, gate and
     # up; if it is trained also the inputs of its linears and of the norms' weights
