@@ -233,7 +233,7 @@ class HuggingFaceTokenizer:
         files = folder / "tokenizer_config.json", folder / "config.json"
         settings, config = (read_json(file) if file.is_file() else {} for file in files)
         if key in settings:
-            token = settings[key]["content"] if isinstance(settings[key], dict) else settings[key]
+            token = settings[key].get("content") if isinstance(settings[key], dict) else settings[key]
             id = -1 if token is None else self.model.token_to_id(str(token))
         else:
             id = config.get(f"{key}_id", -1)
@@ -393,9 +393,7 @@ class Layout(NamedTuple):
 
     shapes: list[tuple[int, int]]  # B, T of each group
     positions: Tensor  # int [N]: of each token in its row, for a branch counted on from where it begins
-    places: Tensor | None = (
-        None  # int [N]: where in the groups, laid end to end, a token stands; None: nothing is padded
-    )
+    places: Tensor | None = None  # int [N]: where in the groups, laid end to end, it stands; None: nothing is padded
     predicting: Tensor | None = None  # int [K]: the tokens that have a target; None: all
     branches: Tensor | None = None  # int [N]; None: no row branches
 
@@ -538,7 +536,7 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
     """Copy the tokenizer of a checkpoint folder to another one, with the settings that Hugging Face keeps beside it.
     If the other folder has Hugging Face's layout, what its tools need to know and the source does not say is added."""
     source, target = Path(source), Path(target)
-    names = (*TOKENIZER_FILES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    names = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json",
              "added_tokens.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
     files = {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
     if (target / "config.json").is_file():

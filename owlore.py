@@ -253,6 +253,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         for p in group["params"]:
             if projected and p.dim() != 2:
                 problem = f"only matrices can be projected, not a parameter of shape {list(p.shape)}"
+            elif is_sharded(p) and not (p.device_mesh.ndim == 1 and p.placements[0].is_shard(0)):
+                problem = f"weights must be sharded by rows, over one dimension of processes, not {p.placements}"
             elif p.is_complex():
                 problem = "complex parameters are not supported: give their real and imaginary parts"
         if problem:
@@ -303,9 +305,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         """Add up, over the processes that share the weights, what each of them has of R, all in one exchange."""
         partial = []
         for _, group, p in self._with_gradient():
-            if (
-                self.in_backward and group["rank"] is not None and is_sharded(p.grad)
-            ):  # not by factors: FSDP has reduced it
+            # Not made by factors, but by autograd: FSDP has taken the mean over the processes already.
+            if self.in_backward and group["rank"] is not None and is_sharded(p.grad):
                 G, p.grad = whole(p.grad), ProjectedGradient(p, self)
                 p.grad.R = self._project(group, p, G)
             if isinstance(p.grad, ProjectedGradient) and p.grad.partial and p.grad.G is None:
@@ -789,8 +790,13 @@ def shard_height(x: Tensor) -> int:
 
 
 def own_rows(x: Tensor, p: Tensor) -> Tensor:
-    """The rows of x that belong to those which this process holds of p."""
-    return x[first_row(p) :][: len(own(p))] if is_sharded(p) else x
+    """The rows of x that belong to those which this process holds of p. x may be these rows already. Raises ValueError
+    if it is neither them nor all of them."""
+    if not is_sharded(p) or x.shape == own(p).shape:
+        return x
+    if x.shape != p.shape:
+        raise ValueError(f"{list(x.shape)} is neither all of {list(p.shape)} nor this process's part of it")
+    return x[first_row(p) :][: len(own(p))]
 
 
 def whole(x: Tensor, like: Tensor | None = None) -> Tensor:

@@ -2608,6 +2608,46 @@ def test_what_cannot_fit_says_what_needs_less(monkeypatch):
         train.fit(train.decide_settings(args, ModelConfig()))
 
 
+def sharded_process(rank: int, folder: str) -> None:
+    """One of two processes with somebody's own FSDP loop: an optimizer's own state_dict, saved and loaded by each."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 5))
+    fully_shard(net, mesh=mesh)
+    groups = [{"params": [net[0].weight], "rank": 2}, {"params": [*net[1].parameters(), net[0].bias]}]
+    optimizer = ProjectedAdam(groups, lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.ones(4, 7)).square().sum().backward()
+        optimizer.step()
+    other = ProjectedAdam(groups, lr=1e-2)
+    other.load_state_dict(optimizer.state_dict())
+    same = [torch.equal(v, other.state[p][k]) for p, s in optimizer.state.items() for k, v in s.items() if k != "step"]
+    refused = []
+    for placement in (Shard(1), Replicate()):
+        weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [placement]))
+        try:
+            ProjectedAdam([weight], lr=1e-2)
+        except ValueError as error:
+            refused.append("by rows" in str(error))
+    torch.save((same, refused), Path(folder) / f"{rank}.pt")
+    os._exit(0)
+
+
+def test_state_of_sharded_weights_is_loaded_by_each_process_and_other_shardings_are_refused(tmp_path):
+    processes = [SERVER.Process(target=sharded_process, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for rank, process in enumerate(processes):
+        process.join(60)
+        same, refused = torch.load(tmp_path / f"{rank}.pt")
+        assert len(same) == 9 and all(same) and refused == [True, True]
+
+
 def test_more_processes_than_rows_are_refused(base, tmp_path):
     codes, text = start_joined(f"{base} --batch-size 2 --out {tmp_path / 'a'}", 3)
     assert codes[0] == 2 and text.count("fewer rows than the 3 processes") == 1 and "Traceback" not in text
