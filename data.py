@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +57,7 @@ def parse_record(record: object) -> Record:
     """Tell a record's format by its keys. Raises ValueError, which says what is wrong with it."""
     match record:
         case {"instruction": instruction, "output": output}:  # Alpaca and commonsense-170k
-            prompt, output = alpaca_prompt(as_text(instruction), as_text(record.get("input", ""))), as_text(output)
+            prompt, output = alpaca_prompt(as_text(instruction), as_text(record.get("input") or "")), as_text(output)
             options = re.search(r"Answer format: *(\S+)\s*$", instruction)
             names = [name for name in options[1].split("/") if name] if options else []
             answer = record.get("answer")
@@ -73,11 +74,18 @@ def parse_record(record: object) -> Record:
             return Record([(as_text(prompt), choices[answer])], choices, answer)
         case {"prompt": prompt, "completion": completion} | {"input": prompt, "output": completion}:
             return Record([(as_text(prompt), as_text(completion))])
-        case {"messages": messages}:
+        case {"question": question, "answer": _, "choices": _}:
+            return parse_record(
+                {k: record[k] for k in ("answer", "choices")} | {"prompt": alpaca_prompt(as_text(question))}
+            )
+        case {"question": question, "answer": answer}:
+            return Record([(alpaca_prompt(as_text(question)), as_text(answer))])
+        case {"messages": messages} | {"conversations": messages}:
             return Record(parse_messages(messages))
         case {"text": content}:
             return Record([("", as_text(content))], plain=True)
-    known = "instruction + output, prompt + completion, prompt + choices + answer, messages, input + output, text"
+    known = "instruction + output, prompt + completion, prompt + choices + answer, question + answer, messages, "
+    known += "conversations, input + output, text"
     raise ValueError(f"unknown record {json.dumps(record)[:60]}; known are those with {known}")
 
 
@@ -86,17 +94,18 @@ def parse_messages(messages: object) -> list[tuple[str, str]]:
     turns, prompt = [], ""
     for message in messages if isinstance(messages, list) else [None]:
         match message:
-            case {"role": "system", "content": content}:
+            case {"role": "system", "content": content} | {"from": "system", "value": content}:
                 prompt += as_text(content) + "\n\n"
-            case {"role": "user", "content": content}:
+            case {"role": "user", "content": content} | {"from": "human" | "user", "value": content}:
                 prompt += f"### Instruction:\n{as_text(content)}\n\n"
-            case {"role": "assistant", "content": content}:
+            case {"role": "assistant", "content": content} | {"from": "gpt" | "assistant", "value": content}:
                 turns.append((prompt + "### Response:\n", as_text(content)))
                 prompt = ""
             case _:
-                raise ValueError('\'messages\' must be a list of {"role": system, user or assistant, "content"}')
+                raise ValueError('messages must be a list of {"role": system, user or assistant, "content"}, '
+                                 'conversations of {"from": system, human or gpt, "value"}')  # fmt: skip
     if not turns:
-        raise ValueError("'messages' has no assistant message to train on")
+        raise ValueError("has no message of an assistant to train on")
     return turns
 
 
@@ -110,6 +119,7 @@ def as_text(value: object) -> str:
 
 def load_records(path: str | Path) -> list[Record]:
     """Read a text file (`.txt`) or JSON: a list of records, one record, {"type", "instances"}, or a record per line.
+    Those without anything to learn, as every completion is empty, are left out, with a warning.
 
     Raises InputError, with the line's or the record's number, for what cannot be read.
     """
@@ -138,9 +148,13 @@ def load_records(path: str | Path) -> list[Record]:
             records.append(parse_record(value))
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: {place}: {error}") from None
-    if not records:
-        raise InputError(f"{path}: holds no records")
-    return records
+    full = [record for record in records if any(completion.strip() for _, completion in record.turns)]
+    if not full:
+        raise InputError(f"{path}: holds no records" + " but with empty completions" * bool(records))
+    if len(full) < len(records):
+        empty = f"{len(records) - len(full)} of {len(records)}"
+        warnings.warn(f"{path}: {empty} records have an empty completion: left out", stacklevel=2)
+    return full
 
 
 def split_records(records: list[Record], share: float, most: int, seed: int) -> tuple[list[Record], list[Record]]:
@@ -313,7 +327,7 @@ def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
 def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int, eos: bool = True) -> "Dataset":
     """Rows of at most seq_len + 1 tokens, which make seq_len predictions. eos: end each completion with the end-of-text
     token. Raises InputError if there are no two tokens in a row."""
-    rows, texts, truncated = [], [], 0
+    rows, texts, cut = [], [], np.zeros(2, dtype=int)
     text_bos = ~np.array(tokenizer.encode(""), dtype=np.int32)
     text_eos = np.array(tokenizer.encode("", bos=False, eos=len(records) > 1), dtype=np.int32)
     for record in tqdm(records, "tokenising", leave=False, disable=None):
@@ -323,8 +337,9 @@ def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int, eos
         row = []
         for prompt, completion in record.turns:
             row += encode_turn(tokenizer, prompt, completion, bos=not row, eos=eos)
-        truncated += len(row) > seq_len + 1
         rows.append(np.array(fit(row, seq_len + 1), dtype=np.int32))
+        told = [sum(id >= 0 for id in ids) for ids in (row, rows[-1])]
+        cut += len(row) > seq_len + 1 and (told[0] - told[1] < len(row) - seq_len - 1, told[1] < told[0])
     ends = np.cumsum([0] + [len(row) for row in rows])
     spans = list(zip(ends, ends[1:]))
     # Plain texts follow one another. The last token of a row is the first of the next: each is predicted once.
@@ -332,19 +347,20 @@ def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int, eos
     spans += [(n, min(n + seq_len + 1, total)) for n in range(ends[-1], total - 1, seq_len)]
     if not spans:
         raise InputError("--data: too short: not two tokens of text in a row")
-    return Dataset(np.concatenate(rows + texts), np.array(spans), [r for r in records if r.choices], truncated)
+    return Dataset(np.concatenate(rows + texts), np.array(spans), [r for r in records if r.choices], *cut.tolist())
 
 
 @dataclass
 class Dataset:
     """Rows of token ids. ids: int32 [tokens], context complemented. rows: int64 [N, 2], where each begins and ends.
-    records: the multiple-choice ones, for accuracy. truncated: how many rows were cut to the sequence length. groups:
-    the rows that count as one row of a step, each by itself unless they are packed."""
+    records: the multiple-choice ones, for accuracy. prompts_cut, completions_cut: of how many rows these are not whole, as
+    they are too long. groups: the rows that count as one row of a step, each by itself unless they are packed."""
 
     ids: np.ndarray
     rows: np.ndarray
     records: list[Record]
-    truncated: int = 0
+    prompts_cut: int = 0
+    completions_cut: int = 0
 
     def __post_init__(self):
         self.groups = [[n] for n in range(len(self.rows))]
@@ -369,10 +385,6 @@ class Dataset:
             groups[-1].append(n)
             room -= length
         return groups
-
-    def predicts(self) -> bool:
-        """Whether any row has a target."""
-        return any((row[1:] >= 0).any() for row in self)
 
     def sample(self, count: int, seed: int) -> list[Tensor]:
         """The tokens of at most `count` rows drawn at random, int64 [1, T] each, to calibrate on."""
@@ -487,8 +499,15 @@ class InputError(ValueError):
     """Something that a user can mend. The message is one line: which file or flag, what is wrong, what to do."""
 
 
+FOREIGN = {".csv": "a CSV table", ".tsv": "a CSV table", ".parquet": "a Parquet table", ".arrow": "an Arrow table",
+           ".gz": "a compressed file", ".zip": "a compressed file"}  # fmt: skip
+FOREIGN |= dict.fromkeys((".pth", ".pt", ".bin", ".safetensors", ".gguf"), "a file of weights")
+
+
 def read_text(path: Path) -> str:
     """A whole text file. Raises InputError if it is missing, empty or not UTF-8."""
+    if path.is_file() and path.suffix.lower() in FOREIGN:
+        raise InputError(f"{path}: {FOREIGN[path.suffix.lower()]}; convert it to text (.txt), JSON or JSON lines")
     try:
         content = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -563,11 +582,26 @@ def hf_tokenizer_config(tokenizer: Tokenizer) -> dict:
     return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False} | names
 
 
+def at_least(least: float, kind: type = int, most: float = 2**31 - 1) -> Callable[[str], float]:
+    """An argparse type: a number within these bounds, which neither nan nor infinity is."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be at least {least} and at most {most}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when `kind` cannot read the text
+    return parse
+
+
 def command(parser: argparse.ArgumentParser, body: Callable[[], None]) -> None:
     """Run a command. What a user can mend ends it with one line and exit code 2."""
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
         body()
+    except KeyboardInterrupt:
+        parser.exit(128 + signal.SIGINT, "\nstopped\n")
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     except torch.OutOfMemoryError:

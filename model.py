@@ -29,7 +29,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import InputError, Layout, Tokenizer, atomic_write, command, load_tokenizer, read_json
+from data import (
+    FOREIGN,
+    InputError,
+    Layout,
+    Tokenizer,
+    alpaca_prompt,
+    at_least,
+    atomic_write,
+    command,
+    copy_tokenizer,
+    load_tokenizer,
+    read_json,
+)
 from owlore import Linear, own, own_rows, whole
 
 
@@ -550,7 +562,8 @@ def checkpoint_layout(path: str | Path) -> str:
     """Returns "meta" or "hf". Raises InputError if the folder holds neither."""
     path = Path(path)
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder; --ckpt takes the folder of a checkpoint")
+        what = FOREIGN.get(path.suffix.lower(), "a file") if path.exists() else "no such folder"
+        raise InputError(f"{path}: {what}; --ckpt takes the folder of a checkpoint")
     meta, hf = (path / "params.json").is_file(), (path / "config.json").is_file()
     if not meta and not hf:
         raise InputError(f"{path}: neither params.json (Meta's layout) nor config.json (Hugging Face's) is in it")
@@ -664,6 +677,7 @@ def load(
     path: str | Path, args: argparse.Namespace, distribute: Callable | None = None
 ) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint folder, on args.device and in args.dtype, None being the device's own."""
+    checkpoint_layout(path)  # which says what is wrong with the folder, before the tokenizer is missed
     tokenizer, dtype = load_tokenizer(path), args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     model = load_model(path, args.device, torch.bfloat16 if dtype == "bf16" else torch.float32, distribute)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -768,27 +782,42 @@ def save_model(model: Transformer, path: str | Path, layout: str = "meta", write
 
 
 def main() -> None:
-    """`python model.py --ckpt DIR --prompt TEXT`: print the prompt and stream its continuation."""
-    about = "Continue a prompt with a LLaMA-style checkpoint."
+    """`python model.py --ckpt DIR --prompt TEXT`: print the prompt and stream its continuation; or --export it."""
+    about = "Continue a prompt with a LLaMA-style checkpoint, or save it in Hugging Face's layout."
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
     add("--prompt", default="", help="text to continue (default: begin from the BOS token alone)")
-    add("--max-new-tokens", type=int, default=200, help="default: %(default)s")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    add("--top-p", type=float, default=1.0, help="nucleus sampling (default: %(default)s)")
+    add(
+        "--instruct",
+        action="store_true",
+        help="the prompt is an instruction: put it into Alpaca's template, as training does",
+    )
+    add("--max-new-tokens", type=at_least(1), default=200, help="default: %(default)s")
+    add("--temperature", type=at_least(0, float), default=0.0, help="0 is greedy (default: %(default)s)")
+    add("--top-p", type=at_least(1e-12, float, 1), default=1.0, help="nucleus sampling (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on cuda, fp32 elsewhere")
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        help="default: bf16 on cuda, fp32 elsewhere; of an export that of the checkpoint",
+    )
+    add("--seed", type=at_least(0), default=0, help="default: %(default)s")
+    add("--export", metavar="DIR", help="save the checkpoint in Hugging Face's layout, its tokenizer included, and end")
     command(parser, lambda: print_continuation(parser.parse_args()))
 
 
 def print_continuation(args: argparse.Namespace) -> None:
     """Print the prompt and stream what the model says next."""
-    if not (args.max_new_tokens >= 1 and args.temperature >= 0 and 0 < args.top_p <= 1 and 0 <= args.seed < 2**31):
-        raise InputError("--max-new-tokens: at least 1; --temperature, --seed: at least 0; --top-p: above 0, at most 1")
+    if args.export:
+        stored = next(iter(read_checkpoint(args.ckpt)[1].values()))[0].dtype
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(args.dtype, stored)
+        save_model(load_model(args.ckpt, dtype=dtype), args.export, "hf")
+        copy_tokenizer(args.ckpt, args.export)
+        return print(f"saved: {args.export}")
     model, tokenizer = load(args.ckpt, args)
     torch.manual_seed(args.seed)
+    args.prompt = alpaca_prompt(args.prompt) if args.instruct else args.prompt
     ids = tokenizer.encode(args.prompt, bos=True)
     room = model.config.max_seq_len - len(ids)
     if room < 1:

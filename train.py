@@ -12,19 +12,24 @@ Weights and activations are bf16 on a GPU (fp32 on a CPU); loss, moments and upd
     python train.py --ckpt llama2-7b --data commonsense_170k.json --out runs/commonsense
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # already here, as importing torch takes its seconds: Ctrl-C ends in a line
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nstopped; what was saved is kept\n") and 130))
+
 import argparse
 import contextlib
 import fcntl
+import itertools
 import json
 import math
-import os
 import resource
 import shutil
-import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -43,6 +48,7 @@ from data import (
     InputError,
     Record,
     Tokenizer,
+    at_least,
     atomic_write,
     build_dataset,
     command,
@@ -66,8 +72,10 @@ from model import (
 from owlore import LayerSampler, ProjectedAdam, outlier_distribution, sampling_probabilities
 
 CALIBRATION_ROWS = 32  # of calibration text: enough that D_l moves by a few percent at most with the rows drawn
+CHECKSUMS = "checksums.json"  # of a checkpoint's files
 HELD_OUT, HELD_OUT_RECORDS = 0.05, 500  # the share of --data, and at most so many records, that is kept for validation
-BAD_STEPS = 10  # in a row, whose loss or gradients are not finite, end the run
+BAD_STEPS = 10  # in a row, or half of a run, end it: those whose loss or gradients are not finite, or `far_above`
+SAVE_SECONDS, SAVE_SHARE = 15 * 60, 0.05  # the least time between two checkpoints; the most of a run that they may take
 # The least that owlore trains: with the paper's shares of a 7B, small models do worse than by any other method (README)
 MIN_ACTIVE, MIN_RANK = 4, 32
 
@@ -94,7 +102,6 @@ def run(args: argparse.Namespace) -> None:
     """Load, score, sample, train, evaluate, save, report."""
     if started_by_torchrun():
         join_processes(args)
-    args.out = gather(args.out)[0]  # the first free name, which another process may find taken by this run
     settings, args = args, fit(args)  # what is saved, and what holds on this machine
     if args.offload and not dist.is_initialized():
         join_processes(args)
@@ -104,6 +111,8 @@ def run(args: argparse.Namespace) -> None:
     model, data, validation = load_inputs(source, args)
     if args.eval_only:
         return print(f"{args.ckpt} on {args.val_data or args.data}: {describe(evaluate(model, validation, args))}")
+    steps = args.steps or args.epochs * math.ceil(len(data.groups) / args.batch_size)
+    require_room(model, args, steps)
     sampler = outliers = None
     if args.sampling:
         outliers = gather(state["outliers"] if state else score_layers(model, data, args))[0]  # 1. score
@@ -111,20 +120,25 @@ def run(args: argparse.Namespace) -> None:
         sampler = LayerSampler(model.layers, p, args.active, args.seed)
         print(layer_chart({"outliers %": 100 * outliers, "p": p}))
     optimizer = build_optimizer(model, args)  # 3. project
-    step, skipped, before, after = restore(state, model, optimizer, sampler, data) if state else (0, 0, None, None)
-    steps = args.steps or args.epochs * math.ceil(len(data.groups) / args.batch_size)
+    if state:
+        restore(state, model, optimizer, sampler, data, steps, args)
+    step, skipped = (state["step"], state["skipped"]) if state else (0, 0)
+    before, after, limit = (state and state.get(key) for key in ("before", "after", "limit"))
     rows = f"{len(data.rows)} " + (f"records in {len(data.groups)} rows" if args.pack else "rows")
     print(
         f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {args.device}, {args.dtype}"
         + f", {processes()} processes" * (processes() > 1)
     )
 
+    if not state:
+        before = after = evaluate(model, validation, args)  # after: the latest, which a stopped run prints
+        comment(before["val_loss"], model.config.vocab_size, args)
     with run_folder(settings) as out, open_metrics(out, state) as metrics, note_signals() as signals:
         if not state:
-            before = after = evaluate(model, validation, args)  # after: the latest, which a stopped run prints
             log(metrics, step=0, **before)
-        bar = tqdm(total=steps, initial=step, desc="training", dynamic_ncols=True)
-        stopping, bad = False, 0
+        text = "{desc} {bar} {n_fmt}/{total_fmt} {remaining}"  # what stands last is cut off on a narrow screen
+        bar = tqdm(total=steps, initial=step, bar_format=text, dynamic_ncols=True)
+        bad, saved, pause, stopping = 0, time.monotonic(), SAVE_SECONDS, False
         while step < steps and not stopping:
             began = time.perf_counter()
             if sampler and step % args.interval == 0:
@@ -132,31 +146,38 @@ def run(args: argparse.Namespace) -> None:
             lr = args.lr * (1 - step / steps)  # linear to zero
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            micro_batches, tokens = step_batches(data, args, step)
-            loss, norm = training_step(model, optimizer, micro_batches, args.max_grad_norm)
+            batches, tokens = step_batches(data, args, step)
+            loss, norm = training_step(model, optimizer, batches, args.max_grad_norm)
             step += 1
-            bad = 0 if math.isfinite(loss + norm) else bad + 1
-            skipped += bad > 0
+            limit = limit or far_above(max(before["val_loss"], loss), model.config.vocab_size)
+            finite = math.isfinite(loss + norm)
+            skipped += not finite
+            bad = 0 if finite and loss <= limit else bad + 1
             row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped,
                    "active": sampler.drawn if sampler else list(range(len(model.layers))),
                    "seconds": time.perf_counter() - began, "memory": peak_memory(args.device)}  # fmt: skip
             row["tokens_per_second"] = tokens / row["seconds"]
             log(metrics, **row)
-            bar.set_postfix_str(progress(row, sampled=sampler is not None))
+            bar.set_description_str(progress(row, len(model.layers)), refresh=False)
             bar.update()
-            if bad == BAD_STEPS:
-                raise InputError(f"--lr {args.lr}: {bad} steps in a row had a loss or gradients that are not finite; try "
-                                 f"a smaller one. What was saved up to step {step - bad} is kept in {out}")  # fmt: skip
             if step % (args.eval_every or math.ceil(steps / 4)) == 0 or step == steps:
                 after = evaluate(model, validation, args)
                 log(metrics, step=step, **after)
                 tqdm.write(f"step {step}: " + describe(after))
-            stopping = any(gather(signals))
-            if step == steps or stopping or (args.save_every and step % args.save_every == 0 and not bad):
-                now = {"step": step, "skipped": skipped, "before": before, "after": after, "outliers": outliers,
-                       "data": zlib.crc32(data.ids), "logged": metrics.tell(), "adapters": adapters(model),
-                       "optimizer": optimizer_state(optimizer), "sampler": sampler and sampler.state_dict()}  # fmt: skip
-                save_checkpoint(out, args.keep, model, source, now, last=step == steps or stopping)
+            late = not args.save_every and time.monotonic() > saved + pause
+            stopping, late = (any(flags) for flags in zip(*gather((signals, late))))
+            due = late or args.save_every and step % args.save_every == 0
+            lost = bad >= min(BAD_STEPS, steps / 2)
+            if step == steps or stopping or lost or (due and not bad):
+                require_health(model, batches, limit, lost, args, out)
+                now = {"step": step, "steps": steps, "skipped": skipped, "limit": limit, "before": before,
+                       "after": after, "outliers": outliers, "data": zlib.crc32(data.ids), "logged": metrics.tell(),
+                       "adapters": adapters(model), "optimizer": optimizer_state(optimizer),
+                       "sampler": sampler and sampler.state_dict()}  # fmt: skip
+                began = time.monotonic()
+                save_checkpoint(out, args, model, source, now)
+                saved = time.monotonic()
+                pause = max(SAVE_SECONDS, (saved - began) / SAVE_SHARE)
         bar.close()
         if step < steps:
             print(f"stopped at step {step} of {steps}; to go on: python train.py --resume --out {out}")
@@ -233,6 +254,13 @@ def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAd
     return optimizer
 
 
+def optimizer_size(p: Tensor, kind: str, rank: int) -> int:
+    """Bytes of the optimizer's state of a parameter: two moments, of R if it is projected, and then the basis."""
+    if kind == "projected":
+        return 4 * min(rank, *p.shape) * (2 * max(p.shape) + min(p.shape))
+    return 8 * p.numel() if kind == "plain" else 0
+
+
 def step_memory(model: Transformer, args: argparse.Namespace) -> int:
     """Bytes of a training step on its device at its peak. On one card without --offload it is within 3 % of what
     bench/memory.py counts, tensor by tensor, at 7B. The model may be without memory ("meta")."""
@@ -242,12 +270,11 @@ def step_memory(model: Transformer, args: argparse.Namespace) -> int:
     held, ends, blocks, whole = 0, 0, 0, 0  # weights with their state; gradients of embedding and head; of blocks
     for name, p in model.named_parameters():
         kind, inside, weight = how_trained(name, p, args), name.startswith("layers."), size * p.numel()
-        gradient, state = 0, 0
+        gradient, state = 0, optimizer_size(p, kind, args.rank)
         if kind == "plain":
-            gradient, state = weight / (parts if inside and sharded else 1), 8 * p.numel() / parts
-        elif kind == "projected":  # R, of which there are two moments, and the basis
-            low, (small, large) = min(args.rank, *p.shape), sorted(p.shape)
-            gradient, state = 4 * low * large, 4 * low * (2 * large + small)
+            gradient, state = weight / (parts if inside and sharded else 1), state / parts
+        elif kind == "projected":
+            gradient = 4 * min(args.rank, *p.shape) * max(p.shape)  # R
             whole = max(whole, weight)  # one gradient is, at a time
         held += weight / parts + state * (share if inside else 1)
         if sharded:
@@ -301,11 +328,11 @@ def fit(args: argparse.Namespace) -> argparse.Namespace:
             fitted.offload, fitted.recompute, fitted.micro_batch_size = offload, recompute, at_once
             needed = 1.05 * step_memory(model, fitted)  # the allocator cannot use all there is
             if min(gather(room > needed)):
-                print(f"a step takes {needed / 2**30:.1f} of {room / 2**30:.1f} GiB: activations "
+                print(f"a step takes {in_words(needed)} of {in_words(room)}: activations "
                       f"{'recomputed' if recompute else 'kept'}, {at_once} of {rows} rows at once, weights "
                       f"{'in host memory' if offload else 'on the device'}")  # fmt: skip
                 return fitted
-    raise InputError(f"out of memory: a step takes {needed / 2**30:.1f} GiB, of which {room / 2**30:.1f} are free, even with "
+    raise InputError(f"out of memory: a step takes {in_words(needed)}, of which {in_words(room)} are free, even with "
                      "weights in host memory; --embeddings projected or frozen, a smaller --active, --rank or --seq-len "
                      "need less")  # fmt: skip
 
@@ -387,19 +414,6 @@ def row_losses(model: Transformer, examples: list[list[np.ndarray]], args: argpa
 # Settings: decided once, from what was typed, the model's config and the device
 
 
-def at_least(least: float, kind: type = int) -> Callable[[str], float]:
-    """An argparse type: a number that is not below `least`, nor absurdly large."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not least <= value < 2**31:
-            raise argparse.ArgumentTypeError(f"must be at least {least} and below 2^31, not {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it when `kind` cannot read the text
-    return parse
-
-
 def flag_parser() -> argparse.ArgumentParser:
     """The command line. A bad flag ends the command with one line, without the usage text around it."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -419,7 +433,7 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--update-gap", type=at_least(1), default=100, help="steps of a matrix between two projections (default: %(default)s)")
     add("--scale", type=positive, default=1.0, help="of the projected update (default: %(default)s)")
     add("--svd", choices=("randomized", "exact"), default="randomized", help="default: %(default)s")
-    add("--threshold", type=positive, help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")
+    add("--threshold", type=at_least(1e-12, float, 1000), help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")
     add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: full, lora frozen)")
     add("--lr", type=positive, help="peak learning rate, falling linearly to zero (default: 3e-4 * (4096 / dim)^0.75, which is 3e-4 for a 7B)")
     add("--weight-decay", type=at_least(0, float), default=0.0, help="default: %(default)s")
@@ -430,10 +444,10 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--offload", action="store_true", help="keep the weights in host memory, and bring in each block ahead of its use (default: if they do not fit)")
     add("--pack", action="store_true", help="fill each row with as many records as fit, as the published recipe does (default: one a row)")
     add("--epochs", type=at_least(1), default=1, help="default: %(default)s")
-    add("--steps", type=at_least(1), help="optimizer steps; overrides --epochs")
+    add("--steps", type=at_least(1), help="optimizer steps; overrides --epochs. With --resume either may be another number than before")
     add("--eval-every", type=at_least(1), help="steps between evaluations (default: a quarter of the run)")
-    add("--save-every", type=at_least(1), help="steps between checkpoints (default: only at the end)")
-    add("--keep", type=at_least(1), default=1, help="checkpoints to keep (default: %(default)s, the newest)")
+    add("--save-every", type=at_least(1), help=f"steps between checkpoints (default: {SAVE_SECONDS // 60} minutes, and at the end)")
+    add("--keep", type=at_least(1), default=2, help="checkpoints to keep (default: %(default)s, the newest)")
     add("--dtype", choices=("bf16", "fp32"), help="of weights and activations (default: bf16 on cuda, fp32 elsewhere)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--seed", type=at_least(0), default=0, help="default: %(default)s")
@@ -453,58 +467,72 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if not args.out or not file.exists():
         raise InputError(f"--resume: no run to continue in --out {args.out}; name its folder")
     saved = read_json(file)
-    if not vars(args).keys() >= saved.keys() > {"ckpt", "data", "lr"}:
+    if not saved.keys() > {"ckpt", "data", "lr"}:
         raise InputError(f"{file}: damaged; the checkpoints beside it are still usable")
+    if unknown := saved.keys() - vars(args).keys():
+        raise InputError(f"{file}: has settings that this version does not know: {', '.join(sorted(unknown))}")
     parser.set_defaults(**saved | {"resume": True, "out": args.out})
     args = parser.parse_args()
-    for name in saved.keys() - {"resume", "out"}:
+    for name in saved.keys() - {"resume", "out", "steps", "epochs", "save_every", "keep"}:
         if getattr(args, name) != saved[name]:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise InputError(f"{flag}: the run in {args.out} has {saved[name]}; leave the flag out")
-    return args
+    if args.epochs != saved.get("epochs") and args.steps == saved.get("steps"):
+        args.steps = None  # which it was begun with
+    return decide_settings(args, read_checkpoint(args.ckpt)[0])  # of flags that are younger than the run
 
 
 def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
     """Give each flag that was left out its value; those that follow the model's size are the published ones at 7B.
     Raises InputError for flags that do not go together or that the model cannot follow."""
-    method, lora, folder = METHODS[args.method], args.method == "lora", Path("runs") / Path(args.ckpt).name
+    method, lora = METHODS[args.method], args.method == "lora"
 
     def require(condition: object, message: str) -> None:
         if not condition:
             raise InputError(message)
 
-    for name in () if method.sampling else ("sampling", "active", "interval"):
+    for name in () if method.sampling or args.resume else ("sampling", "active", "interval"):
         message = f"--{name}: --method {args.method} trains all layers; leave it out, or use owlore or lisa"
         require(getattr(args, name) is None, message)
-    require(args.lora_alpha is None or lora, "--lora-alpha: only --method lora has a use for it; leave it out")
+    require(
+        args.lora_alpha is None or lora or args.resume,
+        "--lora-alpha: only --method lora has a use for it; leave it out",
+    )
     if Path(args.ckpt) == TINY and args.data is None:
         args.data, args.val_data = str(TINY / "train.json"), args.val_data or str(TINY / "val.json")
-    require(args.data or (args.eval_only and args.val_data), "--data: give the file to train on")
+    if args.eval_only:
+        require(args.data or args.val_data, "--val-data: give the file to evaluate on")
+    require(args.data or args.eval_only, "--data: give the file to train on")
+    at_once = args.micro_batch_size or 1
+    require(at_once <= args.batch_size, f"--micro-batch-size {at_once}: there are {args.batch_size} rows in a step")
 
     both = method.projection and method.sampling
-    numbered = (folder.with_name(f"{folder.name}-{n}") for n in range(2, sys.maxsize))
-    for name, default in {
-        "out": str(folder if not folder.exists() else next(path for path in numbered if not path.exists())),
-        "sampling": method.sampling,
-        "interval": method.interval,
-        "active": min(max(MIN_ACTIVE if both else 1, math.ceil(method.active / 32 * config.n_layers)), config.n_layers),
+    defaults = {
         "rank": max(8, config.dim // 128) if lora else max(MIN_RANK, config.dim // 16),
         "threshold": owlore.default_threshold(config.dim),
         "embeddings": "frozen" if lora else "full",
         "lr": 3e-4 * (4096 / config.dim) ** 0.75,
         "seq_len": min(512, config.max_seq_len),
         "dtype": "bf16" if args.device.startswith("cuda") else "fp32",
-    }.items():
+    }
+    if method.sampling:
+        share = math.ceil(method.active / 32 * config.n_layers)
+        defaults["active"] = min(max(MIN_ACTIVE if both else 1, share), config.n_layers)
+        defaults |= {"sampling": method.sampling, "interval": method.interval}
+    if lora:
+        defaults["lora_alpha"] = 2.0 * (args.rank or defaults["rank"])
+    for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    args.lora_alpha = args.lora_alpha or 2.0 * args.rank
 
     require(
         args.rank or (both and args.embeddings != "projected"),
         "--rank 0 is owlore without projection; give another, or leave it out",
     )
-    limits = [("active", config.n_layers, "layers are"), ("seq_len", config.max_seq_len, "context is")]
-    for name, most, what in [*limits, *([("rank", config.dim, "width is")] if lora else [])]:
+    limits = [("seq_len", config.max_seq_len, "context is")]
+    limits += [("active", config.n_layers, "layers are")] if method.sampling else []
+    limits += [("rank", config.dim, "width is")] if lora else []
+    for name, most, what in limits:
         flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
         require(getattr(args, name) <= most, f"{flag}: the model's {what} {most}; use that or less")
     return args
@@ -520,31 +548,37 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
 
 @contextlib.contextmanager
 def run_folder(args: argparse.Namespace) -> Iterator[Path]:
-    """Make the folder of a run, or open it again with --resume, and hold it for this process. Raises InputError if it
-    cannot be made, holds something else, or another run is writing there."""
-    out, begun = Path(args.out), args.resume and (Path(args.out) / "args.json").exists()
+    """Make the folder of a run, --out or the first that is free of runs/NAME, runs/NAME-2, ..., or open it again with
+    --resume, and hold it for this process. Raises InputError if --out cannot be made, holds something else, or another
+    run is writing there."""
     if rank():
-        yield out
+        yield Path(gather(None)[0])
         return
-    # A run that was killed before it began leaves no more than these.
-    if (
-        not begun
-        and out.exists()
-        and (not out.is_dir() or {p.name for p in out.iterdir()} - {".lock", "args.json.tmp"})
-    ):
-        raise InputError(f"--out {out}: holds files already; choose another folder, or --resume its run")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"--out {out}: another run is writing there; choose another folder, or wait") from None
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}; choose another folder") from None
+    name = Path("runs") / Path(args.ckpt).name
+    numbered = (name.with_name(f"{name.name}-{n}") for n in itertools.count(2))
+    for out in [Path(args.out)] if args.out else itertools.chain([name], numbered):
+        try:
+            problem, lock = "", None
+            # A run that was killed before it began leaves no more than these.
+            if not args.resume and out.is_dir() and {p.name for p in out.iterdir()} - {".lock", "args.json.tmp"}:
+                problem = "holds files already; choose another folder, or --resume its run"
+            else:
+                out.mkdir(parents=True, exist_ok=True)
+                lock = open(out / ".lock", "w")
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = "another run is writing there; choose another folder, or wait"
+        except OSError as error:
+            raise InputError(f"--out {out}: {error.strerror}; choose another folder") from None
+        if not problem:
+            break
+        if args.out:
+            raise InputError(f"--out {out}: {problem}")
     with lock:
-        if not begun:
-            with atomic_write(out / "args.json") as file:
-                file.write(json.dumps(vars(args), indent=1).encode())
+        args.out = str(out)
+        with atomic_write(out / "args.json") as file:
+            file.write(json.dumps(vars(args), indent=1).encode())
+        gather(args.out)
         yield out
 
 
@@ -553,7 +587,7 @@ def open_metrics(out: Path, state: dict | None) -> IO[bytes]:
     if rank():
         return open(os.devnull, "ab", buffering=0)
     metrics = open(out / "metrics.jsonl", "ab", buffering=0)
-    metrics.truncate(state["logged"] if state else 0)
+    metrics.truncate(min(metrics.tell(), state["logged"] if state else 0))
     return metrics
 
 
@@ -565,12 +599,12 @@ def log(metrics: IO[bytes], **row) -> None:
         tqdm.write(f"metrics.jsonl: {error.strerror}; step {row['step']} is not logged")
 
 
-def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, state: dict, last: bool) -> None:
-    """Write checkpoints/step-N beside the others, and point `latest` to it once it is complete; then remove all but the
-    `keep` newest. If that fails what was there is kept, and the run goes on, or raises InputError if it is the last."""
+def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, source: Path, state: dict) -> None:
+    """Write checkpoints/step-N beside the others, and point `latest` to it once it is complete and on disk; then remove
+    all but the --keep newest. Raises InputError if that fails: what was there is kept."""
     if rank():  # it gives its rows to the first process, which writes
         save_model(model, out, write=False)
-        if gather(None)[0] and last:
+        if gather(None)[0]:
             sys.exit(2)
         return
     source = out / "model" if (out / "model").exists() else source  # of a resumed run: its first source may be gone
@@ -583,34 +617,139 @@ def save_checkpoint(out: Path, keep: int, model: Transformer, source: Path, stat
         copy_tokenizer(source, new / "model")
         with atomic_write(new / "state" / "state.pt") as file:
             torch.save(state, file)
+        files = sorted(str(path.relative_to(new)) for path in new.rglob("*") if path.is_file())
+        with atomic_write(new / CHECKSUMS) as file:
+            file.write(json.dumps({name: checksum(new / name) for name in files}, indent=1).encode())
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it was linked
         os.rename(new, folder)
-        for name, target in (("latest", folder.relative_to(out)), ("model", "latest/model"), ("state", "latest/state")):
-            (out / f"{name}.tmp").unlink(missing_ok=True)
-            (out / f"{name}.tmp").symlink_to(target)
-            os.replace(out / f"{name}.tmp", out / name)
+        link(out, folder)
     except (InputError, OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
         shutil.rmtree(new, ignore_errors=True)
-        problem = f"--out {out}: step {state['step']} could not be saved ({error}); the checkpoint before it is kept"
+        problem = (f"--out {out}: step {state['step']} could not be saved ({error}): it takes "
+                   f"{in_words(checkpoint_size(model, args))}, {in_words(shutil.disk_usage(out).free)} are free; "
+                   f"{kept(out)}; when there is space: python train.py --resume --out {out}")  # fmt: skip
     gather(problem)
     if problem:
-        if last:
-            raise InputError(f"{problem}; free space, then: python train.py --resume --out {out}") from None
-        tqdm.write(problem)
-        return
+        raise InputError(problem)
     # A killed run may leave folders half written, or newer than where this run resumed: neither counts.
     folders = set((out / "checkpoints").iterdir())
-    for old in folders - set(sorted(f for f in folders if f.suffix != ".tmp" and f <= folder)[-keep:]):
+    for old in folders - set(sorted(f for f in folders if f.suffix != ".tmp" and f <= folder)[-args.keep :]):
         shutil.rmtree(old)
 
 
-def load_state(out: Path) -> dict | None:
-    """What the newest checkpoint holds besides weights; None before the first. Raises InputError if it is damaged."""
-    path = out / "state" / "state.pt"
-    if not path.is_file():
-        if (out / "latest").is_symlink():
-            raise InputError(f"{out / 'latest'}: points to a checkpoint that is gone; choose another --out")
+def link(out: Path, folder: Path) -> None:
+    """Have `latest`, and `model` and `state` with it, point to a checkpoint, on disk too: a machine may die."""
+    for name, target in (("latest", folder.relative_to(out)), ("model", "latest/model"), ("state", "latest/state")):
+        (out / f"{name}.tmp").unlink(missing_ok=True)
+        (out / f"{name}.tmp").symlink_to(target)
+        os.replace(out / f"{name}.tmp", out / name)
+    for changed in (folder.parent, out):
+        descriptor = os.open(changed, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            value = zlib.crc32(part, value)
+    return value
+
+
+def damage(folder: Path) -> str | None:
+    """The first file of a checkpoint that is not what was written; None if all are, or if they were written before this
+    project kept their checksums."""
+    if not (folder / CHECKSUMS).exists() and (folder / "state" / "state.pt").exists():
         return None
+    name = CHECKSUMS
+    try:
+        for name, value in read_json(folder / CHECKSUMS).items():
+            if checksum(folder / name) != value:
+                return name
+    except (OSError, InputError):
+        return name
+    return None
+
+
+def kept(out: Path) -> str:
+    """What is saved of a run, in words."""
+    latest = out / "latest"
+    return f"{latest.resolve().name} is kept" if latest.exists() else "nothing had been saved before"
+
+
+def checkpoint_size(model: Transformer, args: argparse.Namespace) -> int:
+    """Bytes of a checkpoint: weights, and the optimizer's state of the layers that are trained at a time."""
+    size, share = 0, args.active / model.config.n_layers if args.sampling else 1.0
+    for name, p in model.named_parameters():
+        state = optimizer_size(p, how_trained(name, p, args), args.rank)
+        size += p.numel() * p.element_size() + state * (share if name.startswith("layers.") else 1)
+    return int(size)
+
+
+def require_room(model: Transformer, args: argparse.Namespace, steps: int) -> None:
+    """Raise InputError if the disk has no room for the checkpoints that a run will have at a time."""
+    size, out = checkpoint_size(model, args), Path(args.out or "runs").absolute()
+    count = 1 if (args.save_every or 0) >= steps else args.keep + 1  # one is written before another is removed
+    count = max(1, count - len(list(out.glob("checkpoints/step-*[0-9]"))))
+    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+    if count * size > free:
+        raise InputError(f"--out {args.out or 'runs'}: {count} checkpoint(s) take {in_words(count * size)} there, "
+                         f"{in_words(free)} are free; a smaller --keep, or --save-every {steps} to save at the end only, "
+                         "need less")  # fmt: skip
+
+
+def far_above(loss: float, vocab_size: int) -> float:
+    """The loss from which on a run has diverged: 3 nats above the one before training, where the right tokens are 20 times
+    less likely, or nearly as bad as a uniform guess, if that comes first."""
+    return loss + min(3.0, max(1.0, 0.9 * (math.log(vocab_size) - loss)))
+
+
+def require_health(
+    model: Transformer, batches: list[tuple], limit: float, lost: bool, args: argparse.Namespace, out: Path
+) -> None:
+    """Raise InputError if the run has diverged: too many steps were not good (`lost`), or the last update has made weights
+    that no fp16 could hold, or a loss of the same batch that is above the limit or not finite."""
+    with torch.no_grad():
+        loss = sum(model(*batch).item() * share for *batch, share in batches)
+    reshard(model)
+    loss, most = sum(gather(loss)) / processes(), torch.finfo(torch.float16).max
+    extremes = [x.item() for p in model.parameters() if owlore.own(p).numel() for x in owlore.own(p).aminmax()]
+    sound = all(gather(all(-most <= x <= most for x in extremes)))
+    if not (sound and loss <= limit and not lost):
+        what = (
+            f"the loss is {loss:.4g}"
+            if not loss <= limit
+            else "gradients are not finite"
+            if sound
+            else "weights are too large"
+        )
+        raise InputError(f"diverged: {what}; before training the loss was below {limit:.4g}; try a smaller --lr or --scale "
+                         f"({args.lr:.3g} and {args.scale:g} now); {kept(out)}")  # fmt: skip
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint that is as it was written, to which `latest` points then; None before the first. Says which
+    ones are damaged. Raises InputError if all are."""
+    folders = sorted((out / "checkpoints").glob("step-*[0-9]"), reverse=True)
+    for folder in folders:
+        broken = damage(folder)
+        if not broken:
+            link(out, folder)
+            return folder
+        print(f"{folder / broken}: damaged, or only half written: going on from the checkpoint before it")
+    if folders or (out / "latest").is_symlink():
+        raise InputError(f"{out / 'checkpoints'}: every checkpoint is damaged or gone; choose another --out")
+    return None
+
+
+def load_state(out: Path) -> dict | None:
+    """What the newest good checkpoint holds besides weights; None before the first."""
+    folder = gather(None if rank() else newest_checkpoint(out))[0]
+    if not folder:
+        return None
+    path = folder / "state" / "state.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load has no one error for a damaged file
@@ -635,19 +774,31 @@ def optimizer_state(optimizer: ProjectedAdam) -> dict:
 
 
 def restore(
-    state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None, data: Dataset
-) -> tuple[int, int, dict, dict]:
-    """Go on where a checkpoint's state was taken. Returns the steps done and skipped, the evaluations before the run and
-    the latest. Raises InputError for other data."""
+    state: dict,
+    model: Transformer,
+    optimizer: ProjectedAdam,
+    sampler: LayerSampler | None,
+    data: Dataset,
+    steps: int,
+    args: argparse.Namespace,
+) -> None:
+    """Go on where a checkpoint's state was taken, towards so many steps. Raises InputError for other data, or if so many
+    are done already."""
     if state["data"] != zlib.crc32(data.ids):
         raise InputError("--data: is not what this run was reading; put the old file back")
+    done, planned = state["step"], state.get("steps", steps)
+    if steps != planned:
+        if steps <= done:
+            raise InputError(f"--steps, --epochs: {done} steps are done already; {steps} are no more than that")
+        print(f"{steps} steps instead of {planned}: from step {done} on the learning rate is that of a run of {steps}, "
+              f"{args.lr * (1 - done / steps):.3g} instead of {args.lr * (1 - done / planned):.3g}, and falls to zero at "
+              "their end")  # fmt: skip
     optimizer.load_state_dict(state["optimizer"])
     for name, value in state["adapters"].items():
         p = model.get_parameter(name).detach()
         owlore.own(p).copy_(owlore.own_rows(value, p))
     if sampler:
         sampler.load_state_dict(state["sampler"])
-    return state["step"], state["skipped"], state["before"], state["after"]
 
 
 # Around the loop
@@ -670,11 +821,9 @@ def load_inputs(source: Path, args: argparse.Namespace) -> tuple[Transformer, Da
     if args.pack and data:
         data.groups = data.packed(args.seq_len, args.seed)
     for name, dataset in ((args.data, data), (args.val_data or "held-out part", validation.dataset)):
-        if dataset and dataset.truncated:
-            print(f"{name}: {dataset.truncated} of {len(dataset.rows)} records are longer than --seq-len {args.seq_len}: "
-                  "their prompts were cut from the left")  # fmt: skip
-    if data and not data.predicts():
-        raise InputError(f"{args.data}: nothing to learn: every completion is empty")
+        if dataset and (dataset.prompts_cut or dataset.completions_cut):
+            print(f"{name}: of {len(dataset.rows)} records {dataset.prompts_cut} had their prompt cut, from the left, and "
+                  f"{dataset.completions_cut} their completion, at its end: --seq-len {args.seq_len}")  # fmt: skip
     return model, data, validation
 
 
@@ -747,11 +896,30 @@ def layer_chart(columns: dict[str, Sequence[float]], width: int = 30) -> str:
     return "\n".join([lines[0], *(f"{line}  {bar}".rstrip() for line, bar in zip(lines[1:], bars))])
 
 
-def progress(row: dict, sampled: bool) -> str:
-    """A logged step in words."""
-    layers = "layers " + ",".join(map(str, row["active"])) if sampled else "all layers"
-    text = f"loss {row['loss']:.3f}, lr {row['lr']:.1e}, {row['tokens_per_second']:,.0f} tok/s, {layers}"
-    return text + (f", {row['skipped']} steps skipped" if row["skipped"] else "")
+def progress(row: dict, n_layers: int) -> str:
+    """A logged step in words, few enough for 80 columns."""
+    active = row["active"]
+    layers = "layers " + ",".join(map(str, active))
+    if len(layers) > 24:
+        layers = "all layers" if len(active) == n_layers else f"{len(active)} of {n_layers} layers"
+    text = f"loss {row['loss']:.3f} lr {row['lr']:.1e} {row['tokens_per_second']:,.0f} tok/s {layers}"
+    return text + (f" {row['skipped']} skipped" if row["skipped"] else "")
+
+
+def in_words(size: float) -> str:
+    """Bytes in GiB, or in MiB if there is less than 0.01 GiB of them."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 100 else f"{size / 2**20:.2f} MiB"
+
+
+def comment(loss: float, vocab_size: int, args: argparse.Namespace) -> None:
+    """Say what a high loss before training comes from. Raises InputError if it is not finite."""
+    if not math.isfinite(loss):
+        raise InputError(
+            f"{args.ckpt}: the loss before training is {loss}: its weights are damaged, or not for {args.dtype}"
+        )
+    if loss > math.log(vocab_size):
+        print(f"before training the loss, {loss:.1f}, is above that of a uniform guess, {math.log(vocab_size):.1f}: the model "
+              "has not met this format yet (for plain text it would mean that the tokenizer is another model's)")  # fmt: skip
 
 
 def describe(result: dict) -> str:
@@ -772,16 +940,22 @@ def peak_memory(device: str) -> int:
 
 @contextlib.contextmanager
 def note_signals() -> Iterator[list[int]]:
-    """Within this block the first SIGINT or SIGTERM is only noted, in the list; a second one ends the process."""
+    """Within this block the first SIGINT, SIGTERM or SIGHUP is only noted, in the list; a second one ends the process."""
     noted: list[int] = []
+    terminals = [stream for stream in (sys.stdout, sys.stderr) if stream.isatty()]
 
-    def on_signal(number: int, _) -> None:
+    def on_signal(number: int, _: object) -> None:
         if noted:
             os._exit(128 + number)
         noted.append(number)
+        for stream in terminals:
+            if not stream.isatty():  # it was closed, and what is written to it would raise
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         tqdm.write("stopping after this step, to save; once more to stop at once")
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # as nohup has it
+    before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield noted
     finally:
@@ -797,7 +971,9 @@ def show_layers() -> None:
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
     add("--data", default=str(TINY / "train.json"), help="calibration text (default: that of tiny/)")
-    add("--threshold", type=at_least(1e-12, float), help="default: 13 at 4096 dimensions, less for smaller models")
+    add(
+        "--threshold", type=at_least(1e-12, float, 1000), help="default: 13 at 4096 dimensions, less for smaller models"
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
 
     def show() -> None:

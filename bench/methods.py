@@ -233,18 +233,18 @@ def run_seeds(args: argparse.Namespace, flags: dict, change: str = "") -> list[d
     return runs
 
 
-def search(args: argparse.Namespace, name: str, flags: dict, change: str = "") -> Row | None:
-    """Find the best learning rate on seed 0, and run all seeds at it. With --finished a row may lack rates, seeds or all
-    of its runs (None), and is then added to those that args.missing names."""
+def search(args: argparse.Namespace, name: str, flags: dict, change: str = "", like: Row | None = None) -> Row | None:
+    """Find the best learning rate on seed 0, or take that of the row `like`, and run all seeds at it. With --finished a
+    row may lack rates, seeds or all of its runs (None), and is then added to those that args.missing names."""
     print(name, flush=True)
-    grid, losses = sorted(args.lrs), {}
+    grid, losses = [like.flags["lr"]] if like else sorted(args.lrs), {}
     while True:
         for lr in grid:
             with contextlib.suppress(Unfinished):
                 if lr not in losses:
                     losses[lr] = run(args, {**flags, "lr": lr, "seed": 0}, change)["loss"][1]
         best = min(losses, key=losses.get, default=None)
-        if len(losses) < len(grid) or best not in (grid[0], grid[-1]):
+        if like or len(losses) < len(grid) or best not in (grid[0], grid[-1]):
             break
         beside = grid[1] if best == grid[0] else grid[-2]
         grid = sorted([*grid, float(f"{best * best / beside:.2g}")])
@@ -316,46 +316,65 @@ def published(args: argparse.Namespace) -> dict:
             "update_gap": 100, "embeddings": "full"}  # fmt: skip
 
 
+def redrawn(args: argparse.Namespace, draws: int) -> dict:
+    """The interval at which a run of OwLore draws its layers so often: the published one hardly does in a short run."""
+    return {"interval": max(1, args.steps // draws)} if args.steps else {}
+
+
 def methods(args: argparse.Namespace) -> str:
-    """The methods against each other."""
-    flags = {method: {"method": method} for method in ("full", "galore", "lora", "lisa", "owlore")}
-    flags["lisa, owlore's active layers"] = {"method": "lisa", "active": fill(args, flags["owlore"]).active}
-    flags["owlore without projection"] = {"method": "owlore", "rank": 0}
-    limit = memory(args, flags["lisa"])["predicted"]
+    """The methods against each other, embedding and head frozen in all of them as they are in LoRA."""
+    frozen = {"embeddings": "frozen"}
+    owlore = {"method": "owlore", **frozen, **redrawn(args, 10)}
+    lora, lisa = {"method": "lora"}, {"method": "lisa", **frozen}
+    flags = {"lora": lora, "lisa": lisa}
+    limits = {name: memory(args, row)["predicted"] for name, row in flags.items()}
     numbers = range(1, args.config.n_layers + 1)
-    peaks = {n: memory(args, {"method": "owlore", "active": n})["predicted"] for n in numbers}
-    fitting = [n for n in numbers if peaks[n] <= limit]
-    if fitting:
-        flags["owlore, lisa's memory"] = {"method": "owlore", "active": max(fitting, key=peaks.get)}
+    peaks = {n: memory(args, owlore | {"active": n})["predicted"] for n in numbers}
+    for name, limit in limits.items():
+        if fitting := [n for n in numbers if peaks[n] <= limit]:
+            flags[f"owlore, {name}'s memory"] = owlore | {"active": max(fitting)}
+    flags["full"] = {"method": "full", **frozen}
+    flags["owlore"] = owlore
+    flags["galore"] = {"method": "galore", **frozen}
+    flags["lora, rank 64"] = {"method": "lora", "rank": 64}
+    flags["owlore without projection"] = owlore | {"rank": 0}
     rows = [search(args, name, row) for name, row in flags.items()]
     rows.append(search(args, "owlore, published recipe", published(args), "keep"))
     listed = ", ".join(f"{n}: {peak / MIB:.2f}" for n, peak in peaks.items())
-    return f"""train.py's defaults, but for what a row names. LISA's peak is {limit / MIB:.2f} MiB; OwLore's, by active
-layers: {listed}{"" if fitting else " (none of them within LISA's)"}.
+    return f"""Embedding and head are frozen but in the published recipe, and OwLore draws its layers ten times in a run.
+Peak in MiB: {", ".join(f"{name} {limit / MIB:.2f}" for name, limit in limits.items())}; OwLore, by active layers:
+{listed}.
 
 {compare(args, rows, "owlore")}"""
 
 
 def sampling(args: argparse.Namespace) -> str:
-    """OwLore with each way to draw layers."""
-    interval = max(1, args.steps // 20)
-    rows = []
-    for mode in ("outlier", "uniform", "reverse", "increasing", "decreasing"):
-        rows.append(search(args, mode, {"method": "owlore", "interval": interval, "sampling": mode}))
-    rows.append(search(args, "outlier, floored", {"method": "owlore", "interval": interval}, "floor"))
-    draws = math.ceil(args.steps / interval)
-    return f"""OwLore, layers redrawn every {interval} steps, {draws} times in all: at the published interval of 50 a
-run as short as this draws them too rarely for the mode to matter. Floored: no probability is below {FLOOR:g} / L.
+    """OwLore with each way to draw layers, at its active layers and at twice as many. They learn at the rate that is best
+    for outlier."""
+    base = {"method": "owlore", "embeddings": "frozen", **redrawn(args, 20)}
+    few, tables = fill(args, base).active, []
+    for active in (few, min(2 * few, args.config.n_layers)):
+        flags = base | {"active": active}
+        rows = [search(args, "outlier", flags)]
+        for mode in ("uniform", "reverse", "increasing", "decreasing") if rows[0] else ():
+            rows.append(search(args, mode, flags | {"sampling": mode}, like=rows[0]))
+        if rows[0]:
+            rows.append(search(args, "outlier, floored", flags, "floor", like=rows[0]))
+        tables.append(compare(args, rows, "outlier"))
+    return f"""OwLore with embedding and head frozen; its layers are drawn 20 times in a run. All rows of a table learn at
+the rate that is best for outlier. Floored: no probability is below {FLOOR:g} / L.
 
-{compare(args, rows, "outlier")}"""
+{tables[0]}
+
+{tables[1]}"""
 
 
 def moments(args: argparse.Namespace) -> str:
     """What becomes of Adam's moments when the basis changes."""
     gap, interval = max(1, args.steps // 18), max(1, args.steps // 3)
     tables = []
-    for method, redrawn in (("galore", {}), ("owlore", {"interval": interval})):
-        flags = {"method": method, "update_gap": gap, **redrawn}
+    for method, drawn in (("galore", {}), ("owlore", {"interval": interval})):
+        flags = {"method": method, "update_gap": gap, **drawn}
         rows = [search(args, f"{method}, {change or 'rotate'}", flags, change) for change in ("", "keep", "reset")]
         tables.append(compare(args, rows, f"{method}, rotate"))
     return f"""A new basis every {gap} steps of a matrix, {(args.steps - 1) // gap} times in a run of GaLore. OwLore
@@ -450,16 +469,14 @@ def chart(args: argparse.Namespace, rows: list[Row], timed: list[Row]) -> str:
 
 def embeddings(args: argparse.Namespace) -> str:
     """How embedding and head are trained."""
-    interval = max(1, args.steps // 10)
-    redrawn = {"owlore": {"interval": interval}}
     ways = {"frozen": ("frozen", ""), "projected": ("projected", ""),
             "at a tenth of the rate": ("full", "tenth"), "at the rate": ("full", "")}  # fmt: skip
     rows = []
     for method in ("owlore", "lisa", "full", "galore"):
         for way, (how, change) in ways.items():
-            flags = {"method": method, "embeddings": how, **redrawn.get(method, {})}
+            flags = {"method": method, "embeddings": how, **(redrawn(args, 10) if method == "owlore" else {})}
             rows.append(search(args, f"{method}, {way}", flags, change))
-    return f"""OwLore redraws its layers every {interval} steps.
+    return f"""OwLore draws its layers ten times in a run.
 
 {compare(args, rows, "owlore, frozen")}"""
 

@@ -9,7 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+try:
+    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+except ImportError:
+    sys.exit("plot.py: this draws with one more package: pip install matplotlib")
 
 
 def main() -> None:
@@ -24,8 +27,13 @@ def main() -> None:
         sys.exit(f"plot.py: {error}")
 
     accuracy = any("val_accuracy" in row for rows in logs.values() for row in rows)
-    figure = Figure(figsize=(9, 4 + 2 * accuracy + 1.6 * len(logs)), layout="constrained")
-    ratios = [3] * (1 + accuracy) + [1] * len(logs)
+    sampled = {run: [(row["step"], n) for row in rows for n in row.get("active", [])] for run, rows in logs.items()}
+    last = {run: max((layer for _, layer in points), default=0) for run, points in sampled.items()}
+    for run, rows in logs.items():  # a run that trains all layers all the time has nothing to show
+        if len(sampled[run]) == (last[run] + 1) * sum("active" in row for row in rows):
+            del sampled[run]
+    figure = Figure(figsize=(9, 4 + 2 * accuracy + 1.6 * len(sampled)), layout="constrained")
+    ratios = [3] * (1 + accuracy) + [1] * len(sampled)
     curves, *panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     drawn = [(curves, "loss", ":"), (curves, "val_loss", "-o")]
     drawn += [(panels.pop(0), "val_accuracy", "-o")] if accuracy else []
@@ -34,14 +42,15 @@ def main() -> None:
             points = [(row["step"], row[key]) for row in rows if key in row]
             label = run.name if key == "val_loss" else None
             axis.plot(*zip(*points) if points else ([], []), style, color=f"C{n}", ms=3, lw=1, label=label)
-        trained = [(row["step"], layer) for row in rows for layer in row.get("active", [])]
-        panels[n].scatter(*zip(*trained) if trained else ([], []), s=4, marker="s", linewidths=0, color=f"C{n}")
-        panels[n].set(ylabel=f"layer\n({run.name})")
+        if run in sampled:
+            panel = panels[list(sampled).index(run)]
+            panel.scatter(*zip(*sampled[run]), s=4, marker="s", linewidths=0, color=f"C{n}")
+            panel.set(ylabel=f"layer\n({run.name})", ylim=(-0.5, max(last.values()) + 0.5))
     curves.set(ylabel="loss (dotted: training)")
     curves.legend()
     if accuracy:
         drawn[-1][0].set(ylabel="accuracy", ylim=(0, 1))
-    panels[-1].set(xlabel="step")
+    figure.axes[-1].set(xlabel="step")
     figure.savefig(args.out or args.runs[0] / "curves.png", dpi=120)
     print(f"saved: {args.out or args.runs[0] / 'curves.png'}")
 
