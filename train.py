@@ -718,13 +718,8 @@ def require_health(
     extremes = [x.item() for p in model.parameters() if owlore.own(p).numel() for x in owlore.own(p).aminmax()]
     sound = all(gather(all(-most <= x <= most for x in extremes)))
     if not (sound and loss <= limit and not lost):
-        what = (
-            f"the loss is {loss:.4g}"
-            if not loss <= limit
-            else "gradients are not finite"
-            if sound
-            else "weights are too large"
-        )
+        reasons = {f"the loss is {loss:.4g}": not loss <= limit, "weights are too large": not sound}
+        what = next((reason for reason, holds in reasons.items() if holds), "gradients or losses were not finite")
         raise InputError(f"diverged: {what}; before training the loss was below {limit:.4g}; try a smaller --lr or --scale "
                          f"({args.lr:.3g} and {args.scale:g} now); {kept(out)}")  # fmt: skip
 
@@ -736,7 +731,8 @@ def newest_checkpoint(out: Path) -> Path | None:
     for folder in folders:
         broken = damage(folder)
         if not broken:
-            link(out, folder)
+            if (out / "latest").resolve() != folder.resolve():
+                link(out, folder)
             return folder
         print(f"{folder / broken}: damaged, or only half written: going on from the checkpoint before it")
     if folders or (out / "latest").is_symlink():
