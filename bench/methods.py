@@ -182,7 +182,7 @@ def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
                 train.main()
             except SystemExit:
                 message = errors.getvalue().splitlines()[-1]
-                if "not finite" not in message:
+                if "diverged" not in message:
                     raise InputError(message) from None
                 diverged = True
             rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
