@@ -74,10 +74,8 @@ def parse_record(record: object) -> Record:
             return Record([(as_text(prompt), choices[answer])], choices, answer)
         case {"prompt": prompt, "completion": completion} | {"input": prompt, "output": completion}:
             return Record([(as_text(prompt), as_text(completion))])
-        case {"question": question, "answer": _, "choices": _}:
-            return parse_record(
-                {k: record[k] for k in ("answer", "choices")} | {"prompt": alpaca_prompt(as_text(question))}
-            )
+        case {"question": question, "answer": answer, "choices": choices}:
+            return parse_record({"prompt": alpaca_prompt(as_text(question)), "choices": choices, "answer": answer})
         case {"question": question, "answer": answer}:
             return Record([(alpaca_prompt(as_text(question)), as_text(answer))])
         case {"messages": messages} | {"conversations": messages}:
@@ -177,23 +175,36 @@ def split_records(records: list[Record], share: float, most: int, seed: int) -> 
 # Tokenizers
 
 
-class SentencePieceTokenizer:
-    """LLaMA-1/2 and Mistral. An id is -1 if the tokenizer has no such token."""
+class Tokenizer:
+    """Text to token ids and back, by the package in `model`. An id is -1 if the tokenizer has no such token."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        """Token ids of a text, between BOS and EOS if asked for."""
+        before, after = [self.bos_id] * (bos and self.bos_id >= 0), [self.eos_id] * (eos and self.eos_id >= 0)
+        return before + self.encode_text(text) + after
+
+    def encode_text(self, text: str) -> list[int]:
+        return self.model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids. BOS and EOS are left out."""
+        return self.model.decode([int(i) for i in ids])
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """LLaMA-1/2 and Mistral."""
 
     def __init__(self, raw: bytes):
         self.model = sentencepiece.SentencePieceProcessor()
         self.model.LoadFromSerializedProto(raw)
         self.vocab_size, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        before, after = [self.bos_id] * (bos and self.bos_id >= 0), [self.eos_id] * (eos and self.eos_id >= 0)
-        return before + self.model.encode(text) + after
 
-    def decode(self, ids: list[int]) -> str:
-        return self.model.decode([int(i) for i in ids])
-
-
-class TiktokenTokenizer:
+class TiktokenTokenizer(Tokenizer):
     """LLaMA-3: byte-pair ranks, then 256 special tokens, the first two of which are BOS and EOS."""
 
     # How text is split before pairs are merged: GPT-4's pattern, as LLaMA-3 uses it
@@ -215,20 +226,18 @@ class TiktokenTokenizer:
         self.model = tiktoken.Encoding("llama3", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={})
         self.bos_id, self.eos_id, self.vocab_size = len(ranks), len(ranks) + 1, len(ranks) + 256
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        """Token ids of a text, between BOS and EOS if asked for."""
+    def encode_text(self, text: str) -> list[int]:
         # A run of a million blanks would exhaust tiktoken's stack. Meta cuts runs after 25,000 characters, too.
         parts = re.findall(r"(?s).*?(?:\S{25000}|\s{25000})|.+", text)
-        ids = [i for part in parts for i in self.model.encode_ordinary(part)]
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        return [i for part in parts for i in self.model.encode_ordinary(part)]
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode([int(i) for i in ids if i < self.bos_id])
+        return super().decode([i for i in ids if i < self.bos_id])
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`, which says itself how it encodes. BOS and EOS stand beside it, in `tokenizer_config.json` as
-    tokens or else in `config.json` as ids; -1 if there is none."""
+    tokens or else in `config.json` as ids."""
 
     def __init__(self, raw: bytes, folder: Path):
         import tokenizers
@@ -256,24 +265,15 @@ class HuggingFaceTokenizer:
             raise ValueError(f"its {key} is not one of its tokens")
         return -1 if id is None else id
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        before, after = [self.bos_id] * (bos and self.bos_id >= 0), [self.eos_id] * (eos and self.eos_id >= 0)
-        return before + self.model.encode(text, add_special_tokens=False).ids + after
-
-    def decode(self, ids: list[int]) -> str:
-        return self.model.decode([int(i) for i in ids])
+    def encode_text(self, text: str) -> list[int]:
+        return self.model.encode(text, add_special_tokens=False).ids
 
 
-Tokenizer = SentencePieceTokenizer | TiktokenTokenizer | HuggingFaceTokenizer
 TOKENIZER_FILES = ("tokenizer.model", "original/tokenizer.model", "tokenizer.model.v3", "tokenizer.json")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, or of a file.
-
-    It has `.encode(text, bos=True, eos=False) -> list[int]`, `.decode(ids) -> str`, which leaves out BOS and EOS, and
-    `.vocab_size`, `.bos_id`, `.eos_id`. Raises InputError if there is none or it is damaged.
-    """
+    """The tokenizer of a checkpoint folder, or of a file. Raises InputError if there is none or it is damaged."""
     path = Path(path)
     if path.is_dir():
         path = next((path / name for name in TOKENIZER_FILES if (path / name).is_file()), path / TOKENIZER_FILES[0])

@@ -29,19 +29,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import (
-    FOREIGN,
-    InputError,
-    Layout,
-    Tokenizer,
-    alpaca_prompt,
-    at_least,
-    atomic_write,
-    command,
-    copy_tokenizer,
-    load_tokenizer,
-    read_json,
-)
+from data import FOREIGN, InputError, Layout, Tokenizer, alpaca_prompt, at_least, atomic_write, command, copy_tokenizer
+from data import load_tokenizer, read_json
 from owlore import Linear, own, own_rows, whole
 
 
@@ -673,9 +662,7 @@ def load_model(
     return model
 
 
-def load(
-    path: str | Path, args: argparse.Namespace, distribute: Callable | None = None
-) -> tuple[Transformer, Tokenizer]:
+def load(path: str | Path, args: argparse.Namespace, distribute=None) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint folder, on args.device and in args.dtype, None being the device's own."""
     checkpoint_layout(path)  # which says what is wrong with the folder, before the tokenizer is missed
     tokenizer, dtype = load_tokenizer(path), args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
@@ -788,19 +775,13 @@ def main() -> None:
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
     add("--prompt", default="", help="text to continue (default: begin from the BOS token alone)")
-    add(
-        "--instruct",
-        action="store_true",
-        help="the prompt is an instruction: put it into Alpaca's template, as training does",
-    )
+    add("--instruct", action="store_true", help="put the prompt into the template that instructions are trained with")
     add("--max-new-tokens", type=at_least(1), default=200, help="default: %(default)s")
     add("--temperature", type=at_least(0, float), default=0.0, help="0 is greedy (default: %(default)s)")
     add("--top-p", type=at_least(1e-12, float, 1), default=1.0, help="nucleus sampling (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add(
-        "--dtype",
-        choices=("fp32", "bf16"),
-        help="default: bf16 on cuda, fp32 elsewhere; of an export that of the checkpoint",
+        "--dtype", choices=("fp32", "bf16"), help="default: bf16 on cuda, fp32 elsewhere; of an export, as it is stored"
     )
     add("--seed", type=at_least(0), default=0, help="default: %(default)s")
     add("--export", metavar="DIR", help="save the checkpoint in Hugging Face's layout, its tokenizer included, and end")

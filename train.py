@@ -42,33 +42,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from tqdm import tqdm
 
 import owlore
-from data import (
-    TINY,
-    Dataset,
-    InputError,
-    Record,
-    Tokenizer,
-    at_least,
-    atomic_write,
-    build_dataset,
-    command,
-    common_beginning,
-    copy_tokenizer,
-    lay_out,
-    load_records,
-    read_json,
-    split_records,
-)
-from model import (
-    CHUNK,
-    ModelConfig,
-    Transformer,
-    add_lora,
-    load,
-    read_checkpoint,
-    require_device,
-    save_model,
-)
+from data import TINY, Dataset, InputError, Record, Tokenizer, at_least, atomic_write, build_dataset, command
+from data import common_beginning, copy_tokenizer, lay_out, load_records, read_json, split_records
+from model import CHUNK, ModelConfig, Transformer, add_lora, load, read_checkpoint, require_device, save_model
 from owlore import LayerSampler, ProjectedAdam, outlier_distribution, sampling_probabilities
 
 CALIBRATION_ROWS = 32  # of calibration text: enough that D_l moves by a few percent at most with the rows drawn
@@ -121,14 +97,13 @@ def run(args: argparse.Namespace) -> None:
         print(layer_chart({"outliers %": 100 * outliers, "p": p}))
     optimizer = build_optimizer(model, args)  # 3. project
     if state:
-        restore(state, model, optimizer, sampler, data, steps, args)
+        require_same_run(state, data, steps, args.lr)
+        restore(state, model, optimizer, sampler)
     step, skipped = (state["step"], state["skipped"]) if state else (0, 0)
     before, after, limit = (state and state.get(key) for key in ("before", "after", "limit"))
     rows = f"{len(data.rows)} " + (f"records in {len(data.groups)} rows" if args.pack else "rows")
-    print(
-        f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {args.device}, {args.dtype}"
-        + f", {processes()} processes" * (processes() > 1)
-    )
+    on = f"{args.device}, {args.dtype}" + f", {processes()} processes" * (processes() > 1)
+    print(f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {on}")
 
     if not state:
         before = after = evaluate(model, validation, args)  # after: the latest, which a stopped run prints
@@ -185,19 +160,17 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nbefore: {describe(before)}\nafter:  {describe(after)}\nsaved:  {out / 'model'}")
 
 
-def training_step(
-    model: Transformer, optimizer: ProjectedAdam, micro_batches: list[tuple], max_grad_norm: float
-) -> tuple[float, float]:
+def training_step(model: Transformer, optimizer: ProjectedAdam, batches: list, max_norm: float) -> tuple[float, float]:
     """One optimizer step on the micro-batches of `step_batches`, skipped if loss or gradients are not finite. Returns
     the mean loss over all targets, in nats, and the norm of the gradients before clipping."""
     optimizer.zero_grad()
-    optimizer.micro_batches = len(micro_batches)
+    optimizer.micro_batches = len(batches)
     loss = 0.0
-    for *batch, share in micro_batches:
+    for *batch, share in batches:
         part = model(*batch) * share
         part.backward()  # projects each matrix's gradient as soon as it is there
         loss = loss + part.detach()
-    norm = optimizer.clip_grad_norm_(max_grad_norm)
+    norm = optimizer.clip_grad_norm_(max_norm)
     if dist.is_initialized():
         dist.all_reduce(loss)
         loss /= dist.get_world_size()
@@ -491,17 +464,14 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
         if not condition:
             raise InputError(message)
 
-    for name in () if method.sampling or args.resume else ("sampling", "active", "interval"):
-        message = f"--{name}: --method {args.method} trains all layers; leave it out, or use owlore or lisa"
-        require(getattr(args, name) is None, message)
-    require(
-        args.lora_alpha is None or lora or args.resume,
-        "--lora-alpha: only --method lora has a use for it; leave it out",
-    )
+    if not args.resume:
+        for name in () if method.sampling else ("sampling", "active", "interval"):
+            message = f"--{name}: --method {args.method} trains all layers; leave it out, or use owlore or lisa"
+            require(getattr(args, name) is None, message)
+        require(args.lora_alpha is None or lora, "--lora-alpha: only --method lora has a use for it; leave it out")
     if Path(args.ckpt) == TINY and args.data is None:
         args.data, args.val_data = str(TINY / "train.json"), args.val_data or str(TINY / "val.json")
-    if args.eval_only:
-        require(args.data or args.val_data, "--val-data: give the file to evaluate on")
+    require(args.data or args.val_data or not args.eval_only, "--val-data: give the file to evaluate on")
     require(args.data or args.eval_only, "--data: give the file to train on")
     at_once = args.micro_batch_size or 1
     require(at_once <= args.batch_size, f"--micro-batch-size {at_once}: there are {args.batch_size} rows in a step")
@@ -525,16 +495,12 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
         if getattr(args, name) is None:
             setattr(args, name, default)
 
-    require(
-        args.rank or (both and args.embeddings != "projected"),
-        "--rank 0 is owlore without projection; give another, or leave it out",
-    )
-    limits = [("seq_len", config.max_seq_len, "context is")]
-    limits += [("active", config.n_layers, "layers are")] if method.sampling else []
-    limits += [("rank", config.dim, "width is")] if lora else []
-    for name, most, what in limits:
+    plain = both and args.embeddings != "projected"
+    require(args.rank or plain, "--rank 0 is owlore without projection; give another, or leave it out")
+    limits = {"seq_len": (config.max_seq_len, "context is"), "active": (config.n_layers, "layers are")}
+    for name, (most, what) in (limits | {"rank": (config.dim, "width is")} if lora else limits).items():
         flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-        require(getattr(args, name) <= most, f"{flag}: the model's {what} {most}; use that or less")
+        require((getattr(args, name) or 0) <= most, f"{flag}: the model's {what} {most}; use that or less")
     return args
 
 
@@ -554,26 +520,20 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
     if rank():
         yield Path(gather(None)[0])
         return
-    name = Path("runs") / Path(args.ckpt).name
-    numbered = (name.with_name(f"{name.name}-{n}") for n in itertools.count(2))
-    for out in [Path(args.out)] if args.out else itertools.chain([name], numbered):
+    for n in itertools.count(1):
+        out = Path(args.out or f"runs/{Path(args.ckpt).name}" + f"-{n}" * (n > 1))
         try:
-            problem, lock = "", None
             # A run that was killed before it began leaves no more than these.
             if not args.resume and out.is_dir() and {p.name for p in out.iterdir()} - {".lock", "args.json.tmp"}:
-                problem = "holds files already; choose another folder, or --resume its run"
-            else:
-                out.mkdir(parents=True, exist_ok=True)
-                lock = open(out / ".lock", "w")
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = "another run is writing there; choose another folder, or wait"
-        except OSError as error:
-            raise InputError(f"--out {out}: {error.strerror}; choose another folder") from None
-        if not problem:
+                raise FileExistsError(0, "holds files already, and only --resume goes on with a run")
+            out.mkdir(parents=True, exist_ok=True)
+            lock = open(out / ".lock", "w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        if args.out:
-            raise InputError(f"--out {out}: {problem}")
+        except OSError as error:
+            if args.out or not isinstance(error, FileExistsError | BlockingIOError):
+                problem = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror
+                raise InputError(f"--out {out}: {problem}; choose another folder") from None
     with lock:
         args.out = str(out)
         with atomic_write(out / "args.json") as file:
@@ -651,11 +611,7 @@ def link(out: Path, folder: Path) -> None:
 
 def checksum(path: Path) -> int:
     """CRC-32 of a file."""
-    value = 0
-    with open(path, "rb") as file:
-        while part := file.read(2**24):
-            value = zlib.crc32(part, value)
-    return value
+    return zlib.crc32(np.memmap(path)) if path.stat().st_size else 0
 
 
 def damage(folder: Path) -> str | None:
@@ -713,13 +669,13 @@ def require_health(
     that no fp16 could hold, or a loss of the same batch that is above the limit or not finite."""
     with torch.no_grad():
         loss = sum(model(*batch).item() * share for *batch, share in batches)
+        largest = [torch.linalg.vector_norm(w, torch.inf) for w in map(owlore.own, model.parameters()) if w.numel()]
     reshard(model)
     loss, most = sum(gather(loss)) / processes(), torch.finfo(torch.float16).max
-    extremes = [x.item() for p in model.parameters() if owlore.own(p).numel() for x in owlore.own(p).aminmax()]
-    sound = all(gather(all(-most <= x <= most for x in extremes)))
+    sound = all(gather(all(norm <= most for norm in largest)))
     if not (sound and loss <= limit and not lost):
-        reasons = {f"the loss is {loss:.4g}": not loss <= limit, "weights are too large": not sound}
-        what = next((reason for reason, holds in reasons.items() if holds), "gradients or losses were not finite")
+        what = "gradients or losses were not finite" if loss <= limit else f"the loss is {loss:.4g}"
+        what = what if sound else "weights are too large"
         raise InputError(f"diverged: {what}; before training the loss was below {limit:.4g}; try a smaller --lr or --scale "
                          f"({args.lr:.3g} and {args.scale:g} now); {kept(out)}")  # fmt: skip
 
@@ -738,6 +694,19 @@ def newest_checkpoint(out: Path) -> Path | None:
     if folders or (out / "latest").is_symlink():
         raise InputError(f"{out / 'checkpoints'}: every checkpoint is damaged or gone; choose another --out")
     return None
+
+
+def require_same_run(state: dict, data: Dataset, steps: int, lr: float) -> None:
+    """Raise InputError for other data than a run was reading, or if `steps` are done already. Says what more of them
+    change."""
+    if state["data"] != zlib.crc32(data.ids):
+        raise InputError("--data: is not what this run was reading; put the old file back")
+    done, planned = state["step"], state.get("steps", steps)
+    if steps != planned:
+        if steps <= done:
+            raise InputError(f"--steps, --epochs: {done} steps are done already; {steps} are no more than that")
+        print(f"{steps} steps instead of {planned}: from step {done} on the learning rate is that of a run of {steps}, "
+              f"{lr * (1 - done / steps):.3g} instead of {lr * (1 - done / planned):.3g}, and falls to zero at their end")  # fmt: skip
 
 
 def load_state(out: Path) -> dict | None:
@@ -769,26 +738,8 @@ def optimizer_state(optimizer: ProjectedAdam) -> dict:
     return state
 
 
-def restore(
-    state: dict,
-    model: Transformer,
-    optimizer: ProjectedAdam,
-    sampler: LayerSampler | None,
-    data: Dataset,
-    steps: int,
-    args: argparse.Namespace,
-) -> None:
-    """Go on where a checkpoint's state was taken, towards so many steps. Raises InputError for other data, or if so many
-    are done already."""
-    if state["data"] != zlib.crc32(data.ids):
-        raise InputError("--data: is not what this run was reading; put the old file back")
-    done, planned = state["step"], state.get("steps", steps)
-    if steps != planned:
-        if steps <= done:
-            raise InputError(f"--steps, --epochs: {done} steps are done already; {steps} are no more than that")
-        print(f"{steps} steps instead of {planned}: from step {done} on the learning rate is that of a run of {steps}, "
-              f"{args.lr * (1 - done / steps):.3g} instead of {args.lr * (1 - done / planned):.3g}, and falls to zero at "
-              "their end")  # fmt: skip
+def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> None:
+    """Go on where a checkpoint's state was taken."""
     optimizer.load_state_dict(state["optimizer"])
     for name, value in state["adapters"].items():
         p = model.get_parameter(name).detach()
@@ -881,10 +832,8 @@ def gather(value: object) -> list:
 
 def layer_chart(columns: dict[str, Sequence[float]], width: int = 30) -> str:
     """A table with a row per layer: columns of numbers by heading, and a bar for the last of them, at most `width`."""
-    rows = [
-        ["layer", *columns],
-        *([str(n), *(f"{x:.4f}" for x in row)] for n, row in enumerate(zip(*columns.values()))),
-    ]
+    rows = [["layer", *columns]]
+    rows += [[str(n), *(f"{x:.4f}" for x in row)] for n, row in enumerate(zip(*columns.values()))]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows]
     last = [float(x) for x in list(columns.values())[-1]]
@@ -910,9 +859,8 @@ def in_words(size: float) -> str:
 def comment(loss: float, vocab_size: int, args: argparse.Namespace) -> None:
     """Say what a high loss before training comes from. Raises InputError if it is not finite."""
     if not math.isfinite(loss):
-        raise InputError(
-            f"{args.ckpt}: the loss before training is {loss}: its weights are damaged, or not for {args.dtype}"
-        )
+        problem = f"the loss before training is {loss}: its weights are damaged, or not for {args.dtype}"
+        raise InputError(f"{args.ckpt}: {problem}")
     if loss > math.log(vocab_size):
         print(f"before training the loss, {loss:.1f}, is above that of a uniform guess, {math.log(vocab_size):.1f}: the model "
               "has not met this format yet (for plain text it would mean that the tokenizer is another model's)")  # fmt: skip
@@ -967,9 +915,7 @@ def show_layers() -> None:
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
     add("--data", default=str(TINY / "train.json"), help="calibration text (default: that of tiny/)")
-    add(
-        "--threshold", type=at_least(1e-12, float, 1000), help="default: 13 at 4096 dimensions, less for smaller models"
-    )
+    add("--threshold", type=at_least(1e-12, float, 1000), help="default: 13 at 4096 dimensions, less for smaller ones")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
 
     def show() -> None:
@@ -1000,9 +946,8 @@ def main() -> None:
     except RuntimeError as problem:
         if processes() == 1:
             raise
-        parser.error(
-            f"another process of this run has failed ({str(problem).splitlines()[0][:100]}); what was saved is kept"
-        )
+        what = str(problem).splitlines()[0][:100]
+        parser.error(f"another process of this run has failed ({what}); what was saved is kept")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -2,10 +2,10 @@
 
     methods     full fine-tuning, GaLore, LoRA, LISA and OwLore, also at equal active layers and at equal memory
     sampling    OwLore with each way to draw layers, and with a floor under the probabilities
+    budget      few layers at a high rank or many at a low one, within the memory of LoRA and of LISA
     moments     what becomes of Adam's moments when the basis changes: kept, reset, or the first one rotated into it
     layers      active layers x rank, at equal tokens, equal time and equal memory, also as a picture
     recipe      the published recipe, with one setting changed at a time
-
     embeddings  embedding and head frozen, projected, trained at a tenth of the rate, and at the rate
     packing     one record a row, or as many as fit, at equal tokens
 
@@ -282,7 +282,7 @@ def cells(args: argparse.Namespace, row: Row, reference: Row) -> dict[str, str]:
         "accuracy, %": "" if row.runs[0]["accuracy"][1] is None else spread(100 * row.values("accuracy"), ".1f"),
         "peak, MiB": f"{row.memory['predicted'] / MIB:.2f}",
         "optimizer state, MiB": f"{row.memory['state'] / MIB:.2f}",
-        "time, s": spread(row.values("seconds"), ".1f"),
+        "time, s": f"{row.values('seconds').min():.1f}",
     }
 
 
@@ -367,6 +367,22 @@ the rate that is best for outlier. Floored: no probability is below {FLOOR:g} / 
 {tables[0]}
 
 {tables[1]}"""
+
+
+def budget(args: argparse.Namespace) -> str:
+    """Few layers at a high rank or many at a low one: as many as fit the memory of LoRA, and of LISA."""
+    base = {"method": "owlore", "embeddings": "frozen", **redrawn(args, 10)}
+    rivals = {"lora": {"method": "lora"}, "lisa": {"method": "lisa", "embeddings": "frozen"}}
+    tables = []
+    for rival, flags in rivals.items():
+        limit, rows = memory(args, flags)["predicted"], [search(args, rival, flags)]
+        for rank in (args.config.dim // n for n in (64, 32, 16, 4)):
+            ways = [base | {"rank": rank, "active": n} for n in range(args.config.n_layers, 0, -1)]
+            fitting = next((way for way in ways if memory(args, way)["predicted"] <= limit), None)
+            if fitting:
+                rows.append(search(args, f"owlore, rank {rank}", fitting))
+        tables.append(f"Within {rival}'s {limit / MIB:.2f} MiB:\n\n{compare(args, rows, rival)}")
+    return "OwLore draws its layers ten times in a run; embedding and head are frozen.\n\n" + "\n\n".join(tables)
 
 
 def moments(args: argparse.Namespace) -> str:
@@ -492,7 +508,7 @@ def packing(args: argparse.Namespace) -> str:
 {compare(args, rows, "owlore")}"""
 
 
-STUDIES = {study.__name__: study for study in (methods, sampling, moments, layers, recipe, embeddings, packing)}
+STUDIES = {study.__name__: study for study in (methods, sampling, budget, moments, layers, recipe, embeddings, packing)}
 
 # The results file
 
@@ -503,7 +519,7 @@ over seeds, which change the order of the data and the layers drawn. Differences
 ± shows nothing. A row's learning rate is the best one on seed 0 and on the same validation data, found for all rows in
 the same way. Memory is the peak of a training step with full rows, every tensor counted by bench/memory.py, blocks
 recomputed (the runs, which have memory enough, do not); in models as small as this most of it is activations. Time is
-that of the training steps, without scoring, evaluating and saving.
+the least that a run's training steps took, without scoring, evaluating and saving; other work may have run beside it.
 
 """
 
@@ -523,10 +539,12 @@ torch {torch.__version__}, Python {platform.python_version()}.
 
 def write_section(args: argparse.Namespace, study: str, text: str) -> None:
     """Put a study's section into the checkpoint's results, in the place of the one it had."""
-    out = RESULTS / f"methods-{args.name}.md"
+    out, data = RESULTS / f"methods-{args.name}.md", Path(args.data)
+    heading = study if data.parent == Path(args.ckpt) else f"{study}, {data.stem}"
     found = re.split(r"(?m)^## (.*)$", out.read_text() if out.exists() else "")[1:]
-    sections = dict(zip(found[::2], found[1::2])) | {study: f"{provenance(args)}\n\n{text}"}
-    parts = [f"## {name}\n\n{sections[name].strip()}\n" for name in STUDIES if name in sections]
+    sections = dict(zip(found[::2], found[1::2])) | {heading: f"{provenance(args)}\n\n{text}"}
+    order = sorted(sections, key=lambda heading: list(STUDIES).index(heading.split(",")[0]))
+    parts = [f"## {heading}\n\n{sections[heading].strip()}\n" for heading in order]
     with atomic_write(out) as file:
         file.write((TITLE.format(args.name) + "\n".join(parts)).encode())
     print(f"\n{text}\n\nsaved: {os.path.relpath(out)}\n", flush=True)
