@@ -3117,6 +3117,33 @@ def test_help_is_shown(name):
     assert code == 0 and "--ckpt" in text
 
 
+@pytest.mark.parametrize("method", train.METHODS)
+def test_the_memory_benchmark_counts_the_state_of_every_method(method, monkeypatch):
+    """bench/memory.py, beside the optimizer's state written out: two moments in fp32, of R and with P if projected."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "bench")
+    import memory
+
+    monkeypatch.setattr(memory, "DRAWS", 1)
+    config = ModelConfig(dim=64, n_layers=4, n_heads=4, vocab_size=100)
+    flags = f"--ckpt - --data - --method {method} --rank 8 --batch-size 2 --seq-len 8 --device cpu"
+    if train.METHODS[method].sampling:
+        flags += " --active 3"
+    args = train.decide_settings(train.flag_parser().parse_args(flags.split()), config)
+    args.recompute, args.micro_batch_size = True, 1
+    counted = memory.measure(config, args)
+    shapes = [(64, 64)] * 4 + [(config.hidden_dim, 64)] * 3
+    ends, norms = 8 * (2 * 100 * 64 + 64), 8 * 2 * 64
+    layer = {
+        "full": sum(8 * m * n for m, n in shapes) + norms,
+        "galore": sum(4 * 8 * (2 * max(m, n) + min(m, n)) for m, n in shapes) + norms,
+        "lora": sum(8 * 8 * (m + n) for m, n in shapes),
+    }
+    layer |= {"lisa": layer["full"], "owlore": layer["galore"]}
+    trained = 3 if train.METHODS[method].sampling else 4
+    assert counted["state"] == trained * layer[method] + ends * (method != "lora")
+    assert counted["predicted"] > counted["weights"] + counted["state"]
+
+
 def test_a_folder_that_cannot_be_made_is_named(base, tmp_path):
     (tmp_path / "file").write_text("")
     for out, names in ((tmp_path / ("x" * 300), "too long"), (tmp_path / "file/run", "file/run")):

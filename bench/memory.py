@@ -175,7 +175,9 @@ def run_steps(
 def measure(config: ModelConfig, args: argparse.Namespace, processes: int = 1) -> dict[str, int | None]:
     """Bytes of a configuration in one of its processes: weights, optimizer state, the peak on the device as train.py
     estimates it, as it is counted and, on a CUDA GPU, measured; what is in host memory, and sent in a step."""
-    args = argparse.Namespace(**vars(args) | {"draws": draw_layers(config, args), "device": "cpu"})
+    args = argparse.Namespace(
+        **vars(args) | {"draws": draw_layers(config, args) if args.sampling else [], "device": "cpu"}
+    )
     live, add_gradient, moments = LiveStorages(), ProjectedGradient.add_gradient, owlore.moments
 
     def add(gradient: ProjectedGradient, *args, **kwargs) -> None:
