@@ -372,17 +372,23 @@ the rate that is best for outlier. Floored: no probability is below {FLOOR:g} / 
 def budget(args: argparse.Namespace) -> str:
     """Few layers at a high rank or many at a low one: as many as fit the memory of LoRA, and of LISA."""
     base = {"method": "owlore", "embeddings": "frozen", **redrawn(args, 10)}
-    rivals = {"lora": {"method": "lora"}, "lisa": {"method": "lisa", "embeddings": "frozen"}}
-    tables = []
-    for rival, flags in rivals.items():
-        limit, rows = memory(args, flags)["predicted"], [search(args, rival, flags)]
-        for rank in (args.config.dim // n for n in (64, 32, 16, 4)):
-            ways = [base | {"rank": rank, "active": n} for n in range(args.config.n_layers, 0, -1)]
-            fitting = next((way for way in ways if memory(args, way)["predicted"] <= limit), None)
-            if fitting:
-                rows.append(search(args, f"owlore, rank {rank}", fitting))
-        tables.append(f"Within {rival}'s {limit / MIB:.2f} MiB:\n\n{compare(args, rows, rival)}")
-    return "OwLore draws its layers ten times in a run; embedding and head are frozen.\n\n" + "\n\n".join(tables)
+    limits = {"lora": {"method": "lora"}, "lisa": {"method": "lisa", "embeddings": "frozen"}}
+    flags = {}
+    for name, rival in limits.items():
+        flags[name] = rival
+        for part in (64, 32, 16):
+            rank = {} if part == 16 else {"rank": args.config.dim // part}  # dim / 16 is the default
+            ways = [base | rank | {"active": n} for n in range(args.config.n_layers, 0, -1)]
+            limit = memory(args, rival)["predicted"]
+            way = next((way for way in ways if memory(args, way)["predicted"] <= limit), None)
+            if way and way not in flags.values():
+                flags[f"owlore, rank {args.config.dim // part}, {name}'s memory"] = way
+    flags["full"] = {"method": "full", "embeddings": "frozen"}
+    rows = [search(args, name, row) for name, row in flags.items()]
+    return f"""Embedding and head are frozen in all of them, and OwLore draws its layers ten times in a run. What has all
+layers active draws none, and is GaLore.
+
+{compare(args, rows, "lora")}"""
 
 
 def moments(args: argparse.Namespace) -> str:

@@ -8,8 +8,18 @@ python bench/tasks.py ../shared/data runs/tasks
 """
 
 import json
+import re
 import sys
 from pathlib import Path
+
+
+def by_text(record: dict) -> dict:
+    """A multiple-choice record whose answers are texts, of one whose answers are answer1, answer2, ..."""
+    question, answers = re.fullmatch(
+        r"(?s).*?question: (.*?)\n\n(Answer1: .*)\n\nAnswer format: .*", record["instruction"]
+    ).groups()
+    choices = re.split(r" ?Answer\d: ", answers)[1:]
+    return {"question": question, "choices": choices, "answer": int(record["answer"].removeprefix("answer")) - 1}
 
 
 def main() -> None:
@@ -23,9 +33,14 @@ def main() -> None:
     )
     (target / "shakespeare.txt").write_text(text[:600_000])
     (target / "shakespeare-val.txt").write_text(text[-14_000:])
-    tasks = {"alpaca": alpaca[:899], "alpaca-val": alpaca[899:], "arc": arc, "arc-val": test[:100]}
+    tasks = {
+        "alpaca": alpaca[:899],
+        "alpaca-val": alpaca[899:],
+        "arc": map(by_text, arc),
+        "arc-val": map(by_text, test[:100]),
+    }
     for name, records in tasks.items():
-        (target / f"{name}.json").write_text(json.dumps(records, indent=1))
+        (target / f"{name}.json").write_text(json.dumps(list(records), indent=1))
 
 
 if __name__ == "__main__":
