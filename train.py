@@ -51,6 +51,7 @@ CALIBRATION_ROWS = 32  # of calibration text: enough that D_l moves by a few per
 CHECKSUMS = "checksums.json"  # of a checkpoint's files
 HELD_OUT, HELD_OUT_RECORDS = 0.05, 500  # the share of --data, and at most so many records, that is kept for validation
 BAD_STEPS = 10  # in a row, or half of a run, end it: those whose loss or gradients are not finite, or `far_above`
+HEALTH_ROWS = 32  # of validation data: enough to tell a model that still works from one that does not
 SAVE_SECONDS, SAVE_SHARE = 15 * 60, 0.05  # the least time between two checkpoints; the most of a run that they may take
 # The least that owlore trains: with the paper's shares of a 7B, small models do worse than by any other method (README)
 MIN_ACTIVE, MIN_RANK = 4, 32
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
     settings, args = args, fit(args)  # what is saved, and what holds on this machine
     if args.offload and not dist.is_initialized():
         join_processes(args)
+    claimed = claim(args) if args.resume and not rank() else None  # before anything in it is read
     state = load_state(Path(args.out)) if args.resume else None
     # What lora saves is merged: it goes on from the weights it began with.
     source = Path(args.out) / "model" if state and args.method != "lora" else Path(args.ckpt)
@@ -108,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     if not state:
         before = after = evaluate(model, validation, args)  # after: the latest, which a stopped run prints
         comment(before["val_loss"], model.config.vocab_size, args)
-    with run_folder(settings) as out, open_metrics(out, state) as metrics, note_signals() as signals:
+    with run_folder(settings, claimed) as out, open_metrics(out, state) as metrics, note_signals() as signals:
         if not state:
             log(metrics, step=0, **before)
         text = "{desc} {bar} {n_fmt}/{total_fmt} {remaining}"  # what stands last is cut off on a narrow screen
@@ -135,16 +137,16 @@ def run(args: argparse.Namespace) -> None:
             log(metrics, **row)
             bar.set_description_str(progress(row, len(model.layers)), refresh=False)
             bar.update()
-            if step % (args.eval_every or math.ceil(steps / 4)) == 0 or step == steps:
+            late = not args.save_every and time.monotonic() > saved + pause
+            stopping, late = (any(flags) for flags in zip(*gather((signals, late))))
+            if step == steps or (not stopping and step % (args.eval_every or math.ceil(steps / 4)) == 0):
                 after = evaluate(model, validation, args)
                 log(metrics, step=step, **after)
                 tqdm.write(f"step {step}: " + describe(after))
-            late = not args.save_every and time.monotonic() > saved + pause
-            stopping, late = (any(flags) for flags in zip(*gather((signals, late))))
             due = late or args.save_every and step % args.save_every == 0
             lost = bad >= min(BAD_STEPS, steps / 2)
             if step == steps or stopping or lost or (due and not bad):
-                require_health(model, batches, limit, lost, args, out)
+                require_health(model, validation, limit, bad * lost, args, out)
                 now = {"step": step, "steps": steps, "skipped": skipped, "limit": limit, "before": before,
                        "after": after, "outliers": outliers, "data": zlib.crc32(data.ids), "logged": metrics.tell(),
                        "adapters": adapters(model), "optimizer": optimizer_state(optimizer),
@@ -286,7 +288,7 @@ def fit(args: argparse.Namespace) -> argparse.Namespace:
     if not args.device.startswith("cuda"):
         return fitted
     with torch.device("meta"):
-        model = Transformer(read_checkpoint(args.ckpt)[0]).to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+        model = Transformer(read_config(args)).to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
         if args.method == "lora":
             add_lora(model, args.rank, args.lora_alpha)
     fewer = [] if args.micro_batch_size else [math.ceil(rows / 2**n) for n in range(1, rows.bit_length())]
@@ -446,13 +448,33 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
         raise InputError(f"{file}: has settings that this version does not know: {', '.join(sorted(unknown))}")
     parser.set_defaults(**saved | {"resume": True, "out": args.out})
     args = parser.parse_args()
-    for name in saved.keys() - {"resume", "out", "steps", "epochs", "save_every", "keep"}:
+    # What is not part of what is trained may differ; of the data its checksum tells, and lora goes on from --ckpt.
+    free = {
+        "resume",
+        "out",
+        "steps",
+        "epochs",
+        "save_every",
+        "keep",
+        "eval_every",
+        "micro_batch_size",
+        "offload",
+        "device",
+    }
+    free |= {"data", "val_data"} | ({"ckpt"} if args.method != "lora" else set())
+    for name in saved.keys() - free:
         if getattr(args, name) != saved[name]:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise InputError(f"{flag}: the run in {args.out} has {saved[name]}; leave the flag out")
     if args.epochs != saved.get("epochs") and args.steps == saved.get("steps"):
         args.steps = None  # which it was begun with
-    return decide_settings(args, read_checkpoint(args.ckpt)[0])  # of flags that are younger than the run
+    return decide_settings(args, read_config(args))  # of flags that are younger than the run
+
+
+def read_config(args: argparse.Namespace) -> ModelConfig:
+    """That of --ckpt, or if it has gone since the run began, of what the run has saved."""
+    ckpt, saved = Path(args.ckpt), Path(args.out or "") / "model"
+    return read_checkpoint(saved if args.resume and saved.exists() and not ckpt.is_dir() else ckpt)[0]
 
 
 def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
@@ -512,28 +534,37 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
 #     latest                    a link to the newest of them; model and state are links into it
 
 
-@contextlib.contextmanager
-def run_folder(args: argparse.Namespace) -> Iterator[Path]:
-    """Make the folder of a run, --out or the first that is free of runs/NAME, runs/NAME-2, ..., or open it again with
-    --resume, and hold it for this process. Raises InputError if --out cannot be made, holds something else, or another
-    run is writing there."""
-    if rank():
-        yield Path(gather(None)[0])
-        return
+def claim(args: argparse.Namespace) -> tuple[Path, IO[str]]:
+    """The folder of a run, --out or the first that is free of runs/NAME, runs/NAME-2, ..., and a file that holds it for
+    this process while it is open. Raises InputError if --out cannot be made, holds something else, or another run is
+    writing there."""
     for n in itertools.count(1):
         out = Path(args.out or f"runs/{Path(args.ckpt).name}" + f"-{n}" * (n > 1))
+        begun = args.resume and (out / "args.json").exists()
         try:
             # A run that was killed before it began leaves no more than these.
-            if not args.resume and out.is_dir() and {p.name for p in out.iterdir()} - {".lock", "args.json.tmp"}:
+            if not begun and out.is_dir() and {p.name for p in out.iterdir()} - {".lock", "args.json.tmp"}:
                 raise FileExistsError(0, "holds files already, and only --resume goes on with a run")
             out.mkdir(parents=True, exist_ok=True)
             lock = open(out / ".lock", "w")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
         except OSError as error:
             if args.out or not isinstance(error, FileExistsError | BlockingIOError):
                 problem = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror
                 raise InputError(f"--out {out}: {problem}; choose another folder") from None
+        else:
+            for half_written in out.glob("checkpoints/step-*.tmp"):
+                shutil.rmtree(half_written, ignore_errors=True)
+            return out, lock
+
+
+@contextlib.contextmanager
+def run_folder(args: argparse.Namespace, claimed: tuple[Path, IO[str]] | None = None) -> Iterator[Path]:
+    """Begin to write a run in its folder, claimed already if it is resumed: its settings come first."""
+    if rank():
+        yield Path(gather(None)[0])
+        return
+    out, lock = claimed or claim(args)
     with lock:
         args.out = str(out)
         with atomic_write(out / "args.json") as file:
@@ -577,9 +608,10 @@ def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, sou
         copy_tokenizer(source, new / "model")
         with atomic_write(new / "state" / "state.pt") as file:
             torch.save(state, file)
-        files = sorted(str(path.relative_to(new)) for path in new.rglob("*") if path.is_file())
+        sums = json.dumps(checksums(new), indent=1).encode()
         with atomic_write(new / CHECKSUMS) as file:
-            file.write(json.dumps({name: checksum(new / name) for name in files}, indent=1).encode())
+            file.write(sums)
+        sync(new / "model", new / "state", new)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it was linked
         os.rename(new, folder)
         link(out, folder)
@@ -591,10 +623,9 @@ def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, sou
     gather(problem)
     if problem:
         raise InputError(problem)
-    # A killed run may leave folders half written, or newer than where this run resumed: neither counts.
-    folders = set((out / "checkpoints").iterdir())
-    for old in folders - set(sorted(f for f in folders if f.suffix != ".tmp" and f <= folder)[-args.keep :]):
-        shutil.rmtree(old)
+    folders = set((out / "checkpoints").glob("step-*[0-9]"))
+    for old in folders - set(sorted(f for f in folders if f <= folder)[-args.keep :]):  # newer ones are not of this run
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def link(out: Path, folder: Path) -> None:
@@ -603,30 +634,37 @@ def link(out: Path, folder: Path) -> None:
         (out / f"{name}.tmp").unlink(missing_ok=True)
         (out / f"{name}.tmp").symlink_to(target)
         os.replace(out / f"{name}.tmp", out / name)
-    for changed in (folder.parent, out):
-        descriptor = os.open(changed, os.O_RDONLY)
+    sync(folder.parent, out)
+
+
+def sync(*folders: Path) -> None:
+    """Have the names in folders on disk, as files' contents are."""
+    for folder in folders:
+        descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
 
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    return zlib.crc32(np.memmap(path)) if path.stat().st_size else 0
+def checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of each file of a checkpoint, by its name in it."""
+    sums = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS):
+        name = str(path.relative_to(folder))
+        with open(path, "rb") as file:
+            while part := file.read(2**24):
+                sums[name] = zlib.crc32(part, sums.get(name, 0))
+    return sums
 
 
 def damage(folder: Path) -> str | None:
-    """The first file of a checkpoint that is not what was written; None if all are, or if they were written before this
-    project kept their checksums."""
-    if not (folder / CHECKSUMS).exists() and (folder / "state" / "state.pt").exists():
+    """The first file of a checkpoint that is not what was written; None if all are."""
+    if not any(folder.parent.glob(f"*/{CHECKSUMS}")):  # written before this project kept them
         return None
-    name = CHECKSUMS
     try:
-        for name, value in read_json(folder / CHECKSUMS).items():
-            if checksum(folder / name) != value:
-                return name
+        there, written = checksums(folder), read_json(folder / CHECKSUMS)
     except (OSError, InputError):
-        return name
-    return None
+        return CHECKSUMS
+    return next((name for name in written if there.get(name) != written[name]), None)
 
 
 def kept(out: Path) -> str:
@@ -663,21 +701,20 @@ def far_above(loss: float, vocab_size: int) -> float:
 
 
 def require_health(
-    model: Transformer, batches: list[tuple], limit: float, lost: bool, args: argparse.Namespace, out: Path
+    model: Transformer, validation: Validation, limit: float, bad: int, args: argparse.Namespace, out: Path
 ) -> None:
-    """Raise InputError if the run has diverged: too many steps were not good (`lost`), or the last update has made weights
-    that no fp16 could hold, or a loss of the same batch that is above the limit or not finite."""
-    with torch.no_grad():
-        loss = sum(model(*batch).item() * share for *batch, share in batches)
-        largest = [torch.linalg.vector_norm(w, torch.inf) for w in map(owlore.own, model.parameters()) if w.numel()]
-    reshard(model)
-    loss, most = sum(gather(loss)) / processes(), torch.finfo(torch.float16).max
+    """Raise InputError if the run has diverged: too many steps in a row were not good (`bad`, else 0), or the weights are
+    such that no fp16 could hold them, or that the loss on some validation rows is above the limit or not finite."""
+    losses, counts = row_losses(model, [rows[:1] for rows in validation.examples[:HEALTH_ROWS]], args)
+    loss, most = sum(x for (x,) in losses) / max(sum(n for (n,) in counts), 1), torch.finfo(torch.float16).max
+    largest = [torch.linalg.vector_norm(w, torch.inf) for w in map(owlore.own, model.parameters()) if w.numel()]
     sound = all(gather(all(norm <= most for norm in largest)))
-    if not (sound and loss <= limit and not lost):
-        what = "gradients or losses were not finite" if loss <= limit else f"the loss is {loss:.4g}"
+    if not (sound and loss <= limit and not bad):
+        what = f"in the last {bad} steps loss or gradients were not finite, or the loss was far above"
+        what = what if loss <= limit else f"the loss is {loss:.4g}"
         what = what if sound else "weights are too large"
-        raise InputError(f"diverged: {what}; before training the loss was below {limit:.4g}; try a smaller --lr or --scale "
-                         f"({args.lr:.3g} and {args.scale:g} now); {kept(out)}")  # fmt: skip
+        raise InputError(f"diverged: {what}; before training the loss was below {limit:.4g}; begin anew with a smaller --lr "
+                         f"or --scale ({args.lr:.3g} and {args.scale:g} now); {kept(out)}")  # fmt: skip
 
 
 def newest_checkpoint(out: Path) -> Path | None:
@@ -882,20 +919,35 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+class Output:
+    """A stream whose reader may go away, as a closed terminal or a `tee` that Ctrl-C ends: a run goes on, or saves."""
+
+    def __init__(self, stream: IO[str]):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 @contextlib.contextmanager
 def note_signals() -> Iterator[list[int]]:
     """Within this block the first SIGINT, SIGTERM or SIGHUP is only noted, in the list; a second one ends the process."""
     noted: list[int] = []
-    terminals = [stream for stream in (sys.stdout, sys.stderr) if stream.isatty()]
 
     def on_signal(number: int, _: object) -> None:
         if noted:
             os._exit(128 + number)
         noted.append(number)
-        for stream in terminals:
-            if not stream.isatty():  # it was closed, and what is written to it would raise
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        tqdm.write("stopping after this step, to save; once more to stop at once")
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            os.write(2, b"\nstopping after this step, to save; once more to stop at once\n")
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # as nohup has it
@@ -954,4 +1006,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     main()
