@@ -2520,14 +2520,19 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_taken(file, how, 
     path.unlink()
     if how != "gone":
         path.write_bytes(raw if how == "flipped" else raw[: len(raw) // 2])
-    if (file, how) == ("checksums.json", "gone"):  # as in a folder of the release before: nothing is known
-        return
     code, text, error = cli(f"--resume --out {out}")
     assert code == 0 and f"{path.parent}" in text and ": damaged" in text, error
     assert_same_run(tmp_path / "a", out)
     for path in out.glob("checkpoints/*/state/state.pt"):
         truncate(path, 0.5)
     assert_refused(cli(f"--resume --out {out}"), "every checkpoint is damaged")
+
+
+def test_checkpoints_of_the_release_before_have_no_checksums_and_are_taken(base, tmp_path):
+    train_run(f"{base} --steps 4 --save-every 2 --out {tmp_path / 'run'}")
+    for path in tmp_path.glob("run/checkpoints/*/checksums.json"):
+        path.unlink()
+    assert cli(f"--resume --out {tmp_path / 'run'} --steps 6")[0] == 0
 
 
 def test_any_flipped_byte_of_a_checkpoint_is_noticed(base, tmp_path):
@@ -2644,6 +2649,34 @@ def test_a_closed_terminal_saves_the_run(base, tmp_path):
     os.close(ours)
     process.send_signal(signal.SIGHUP)  # what the shell of that terminal does
     assert process.wait(60) == 128 + signal.SIGHUP and (out / "model").exists()
+
+
+def test_ctrl_c_saves_a_run_whose_output_nobody_reads_any_more(base, tmp_path):
+    """As in `python train.py | tee log`, where Ctrl-C ends both."""
+    out = tmp_path / "run"
+    process = command_line(f"{base} --steps 100000 --out {out}", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    step_3, began = reached(out, 3), time.monotonic()
+    while not step_3():
+        assert time.monotonic() < began + 60
+        os.read(process.stdout.fileno(), 10**5)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT and (out / "model").exists()
+
+
+def test_a_hard_last_batch_is_not_called_divergence(checkpoint, tmp_path):
+    path = tmp_path / "data.jsonl"
+    for n in (0, 1):  # the odd record is the last one read
+        odd = {"prompt": "x", "completion": "qzjxv" * 20}
+        rows = [{"prompt": "one and one is", "completion": " two"}] * 8
+        order = np.random.default_rng([0, 0]).permutation(9)
+        rows.insert(int(order[-1]), odd)
+        path.write_text("\n".join(map(json.dumps, rows)))
+    val = tmp_path / "val.jsonl"
+    val.write_text(json.dumps(rows[0] if rows[0] != odd else rows[1]))
+    line = f"--ckpt {checkpoint} --data {path} --val-data {val} --batch-size 1 --lr 0.01 --epochs 1"
+    losses = [row["loss"] for row in train_run(f"{line} --out {tmp_path / 'run'}") if "lr" in row]
+    assert losses[-1] > 2 * losses[-2]
 
 
 @pytest.mark.parametrize("part", ["libtorch_cpu", "tokenizer.model"])
@@ -2890,6 +2923,33 @@ def test_two_runs_do_not_share_a_folder(base, tmp_path):
     with train.run_folder(train.argparse.Namespace(**json.loads((out / "args.json").read_text()) | {"resume": True})):
         code, output = start_cli(f"--resume --out {out}")
         assert code == 2 and "another run" in output
+
+
+def test_what_is_not_trained_by_may_change_on_resume(base, checkpoint, jsonl, tmp_path):
+    """Checkpoint and data may have moved, and less memory be there."""
+    out = tmp_path / "run"
+    train_run(f"{base} --steps 4 --save-every 2 --out {out}")
+    for path in (checkpoint, jsonl):
+        path.rename(tmp_path / f"moved-{path.name}")
+    moved = f"--data {tmp_path / f'moved-{jsonl.name}'}"
+    code, _, error = cli(f"--resume --out {out} --steps 6 {moved} --micro-batch-size 2 --eval-every 1")
+    assert code == 0, error
+    assert [row["step"] for row in read_metrics(out) if "lr" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_leaves_alone_what_is_not_its_own(base, tmp_path):
+    out = tmp_path / "run"
+    train_run(f"{base} --steps 2 --out {out}")
+    shutil.copytree(out / "checkpoints/step-0000002", out / "checkpoints/best")
+    (out / "checkpoints/.DS_Store").write_text("")
+    half = out / "checkpoints/step-0000003.tmp"
+    half.mkdir()
+    train_run(f"--resume --out {out} --steps 9 --save-every 1 --keep 1")
+    names = {path.name for path in (out / "checkpoints").iterdir()}
+    assert names == {"step-0000009", "best", ".DS_Store"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes").write_text("mine")
+    assert_refused(cli(f"{base} --resume --out {tmp_path / 'other'}"), "holds files")
 
 
 def test_contradicting_flags_and_changed_data_are_refused_on_resume(base, jsonl, tmp_path):
