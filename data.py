@@ -176,11 +176,8 @@ def split_records(records: list[Record], share: float, most: int, seed: int) -> 
 
 
 class Tokenizer:
-    """Text to token ids and back, by the package in `model`. An id is -1 if the tokenizer has no such token."""
-
-    vocab_size: int
-    bos_id: int
-    eos_id: int
+    """Text to token ids and back, by the package in `model`. Has `vocab_size`, and `bos_id` and `eos_id`, which are -1 if
+    there are no such tokens."""
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of a text, between BOS and EOS if asked for."""

@@ -410,12 +410,9 @@ class ProjectedAdam(torch.optim.Optimizer):
         for index, state in state_dict["state"].items():
             p = parameters[index]
             device = compute_device(p) if "basis" in state else p.device
-            self.state[p] = {
-                k: int(v)
-                if k == "step"
-                else (v if "basis" in state else own_rows(v, p)).to(device, torch.float32, copy=True)
-                for k, v in state.items()
-            }
+            rows = state if "basis" in state else {k: own_rows(v, p) for k, v in state.items() if k != "step"}
+            tensors = {k: v.to(device, torch.float32, copy=True) for k, v in rows.items() if k != "step"}
+            self.state[p] = tensors | {k: int(v) for k, v in state.items() if k == "step"}
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"in_backward": self.in_backward, "micro_batches": self.micro_batches}

@@ -2665,18 +2665,16 @@ def test_ctrl_c_saves_a_run_whose_output_nobody_reads_any_more(base, tmp_path):
 
 
 def test_a_hard_last_batch_is_not_called_divergence(checkpoint, tmp_path):
-    path = tmp_path / "data.jsonl"
-    for n in (0, 1):  # the odd record is the last one read
-        odd = {"prompt": "x", "completion": "qzjxv" * 20}
-        rows = [{"prompt": "one and one is", "completion": " two"}] * 8
-        order = np.random.default_rng([0, 0]).permutation(9)
-        rows.insert(int(order[-1]), odd)
-        path.write_text("\n".join(map(json.dumps, rows)))
-    val = tmp_path / "val.jsonl"
-    val.write_text(json.dumps(rows[0] if rows[0] != odd else rows[1]))
-    line = f"--ckpt {checkpoint} --data {path} --val-data {val} --batch-size 1 --lr 0.01 --epochs 1"
-    losses = [row["loss"] for row in train_run(f"{line} --out {tmp_path / 'run'}") if "lr" in row]
-    assert losses[-1] > 2 * losses[-2]
+    easy, odd = {"prompt": "one and one is", "completion": " two"}, {"prompt": "x", "completion": "qzjxv" * 20}
+    rows = [easy] * 40
+    rows.insert(int(np.random.default_rng([0, 0]).permutation(41)[-1]), odd)  # which is read last
+    for name, records in (("data", rows), ("val", [easy])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    files = f"--data {tmp_path / 'data.jsonl'} --val-data {tmp_path / 'val.jsonl'}"
+    metrics = train_run(f"--ckpt {checkpoint} {files} --batch-size 1 --lr 0.03 --method full --out {tmp_path / 'run'}")
+    losses = [row["loss"] for row in metrics if "lr" in row]
+    assert losses[-1] > train.far_above(max(metrics[0]["val_loss"], losses[0]), load_tokenizer(TINY).vocab_size)
+    assert losses[-2] < 0.1
 
 
 @pytest.mark.parametrize("part", ["libtorch_cpu", "tokenizer.model"])

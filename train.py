@@ -77,7 +77,7 @@ METHODS = {
 
 def run(args: argparse.Namespace) -> None:
     """Load, score, sample, train, evaluate, save, report."""
-    if started_by_torchrun():
+    if dist.is_torchelastic_launched():
         join_processes(args)
     settings, args = args, fit(args)  # what is saved, and what holds on this machine
     if args.offload and not dist.is_initialized():
@@ -834,19 +834,15 @@ def join_processes(args: argparse.Namespace) -> None:
     """Join the processes that torchrun has started, the first of which talks. FSDP needs a group for --offload, too."""
     require_device(args.device)
     cuda = args.device.startswith("cuda")
-    if started_by_torchrun() and args.device not in ("cuda", "cpu"):
+    if dist.is_torchelastic_launched() and args.device not in ("cuda", "cpu"):
         raise InputError(f"--device {args.device}: each process takes a card of its own; leave the number out")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.device(args.device).index or 0)))
-    alone = {} if started_by_torchrun() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     if rank():
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-
-
-def started_by_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def rank() -> int:
