@@ -2,7 +2,7 @@
 
     methods     full fine-tuning, GaLore, LoRA, LISA and OwLore, also at equal active layers and at equal memory
     sampling    OwLore with each way to draw layers, and with a floor under the probabilities
-    budget      few layers at a high rank or many at a low one, within the memory of LoRA and of LISA
+    budget      few layers at a high rank or many at a low one, within the memory of LoRA, of LISA and as published
     moments     what becomes of Adam's moments when the basis changes: kept, reset, or the first one rotated into it
     layers      active layers x rank, at equal tokens, equal time and equal memory, also as a picture
     recipe      the published recipe, with one setting changed at a time
@@ -113,6 +113,16 @@ CHANGES = {
 # Runs
 
 
+def complete(args: argparse.Namespace, flags: dict) -> dict:
+    """OwLore's flags with the published numbers in place of those left out, but at least 4 layers and rank 32: what a
+    study says of them does not change with train.py's defaults."""
+    if flags["method"] != "owlore":
+        return flags
+    active, rank = math.ceil(args.config.n_layers * 5 / 32), args.config.dim // 16
+    known = {"sampling": "outlier", "active": min(max(4, active), args.config.n_layers), "interval": 50}
+    return known | {"rank": max(32, rank), "update_gap": 100, "embeddings": "full"} | flags
+
+
 class Unfinished(Exception):
     """A run that --finished does not find."""
 
@@ -193,6 +203,7 @@ def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
             "seconds": sum(row["seconds"] for row in rows if "loss" in row),
         }
 
+    flags = complete(args, flags)
     shared = {"steps": args.steps, "epochs": args.epochs, "batch_size": args.batch_size, "seq_len": args.seq_len}
     key = {"flags": shared | flags, "change": change}
     result = cached(args, key, compute, args.finished)
@@ -204,6 +215,7 @@ def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
 def memory(args: argparse.Namespace, flags: dict) -> dict:
     """Bytes of a training step as bench/memory.py counts them: optimizer "state" and, "predicted", the peak. Blocks are
     recomputed, as on a card that is too small for their activations."""
+    flags = complete(args, flags)
     filled = argparse.Namespace(**vars(fill(args, flags)) | {"recompute": True, "micro_batch_size": args.batch_size})
     shape = {"batch_size": args.batch_size, "seq_len": args.seq_len}
     return cached(args, {"memory": shape | flags}, lambda: measure(args.config, filled))
@@ -267,7 +279,7 @@ def spread(values: Tensor, form: str = ".4f") -> str:
 
 def cells(args: argparse.Namespace, row: Row, reference: Row) -> dict[str, str]:
     """A row, by column. The reference's losses are what its own are compared with, seed by seed."""
-    filled, method = fill(args, row.flags), train.METHODS[row.flags["method"]]
+    filled, method = fill(args, complete(args, row.flags)), train.METHODS[row.flags["method"]]
     low_rank = filled.rank and (method.projection or filled.method == "lora")
     both = min(len(row.runs), len(reference.runs))
     difference = row.values("loss")[:both] - reference.values("loss")[:both]
@@ -352,7 +364,7 @@ def sampling(args: argparse.Namespace) -> str:
     """OwLore with each way to draw layers, at its active layers and at twice as many. They learn at the rate that is best
     for outlier."""
     base = {"method": "owlore", "embeddings": "frozen", **redrawn(args, 20)}
-    few, tables = fill(args, base).active, []
+    few, tables = complete(args, base)["active"], []
     for active in (few, min(2 * few, args.config.n_layers)):
         flags = base | {"active": active}
         rows = [search(args, "outlier", flags)]
@@ -370,23 +382,21 @@ the rate that is best for outlier. Floored: no probability is below {FLOOR:g} / 
 
 
 def budget(args: argparse.Namespace) -> str:
-    """Few layers at a high rank or many at a low one: as many as fit the memory of LoRA, and of LISA."""
+    """Few layers at a high rank or many at a low one: as many as fit the memory of LoRA, of LISA, and as published."""
     base = {"method": "owlore", "embeddings": "frozen", **redrawn(args, 10)}
-    limits = {"lora": {"method": "lora"}, "lisa": {"method": "lisa", "embeddings": "frozen"}}
-    flags = {}
+    flags = {"lora": {"method": "lora"}, "lisa": {"method": "lisa", "embeddings": "frozen"}}
+    flags["full"] = {"method": "full", "embeddings": "frozen"}
+    limits = {"lora's memory": flags["lora"], "published memory": base, "lisa's memory": flags["lisa"]}
     for name, rival in limits.items():
-        flags[name] = rival
-        for part in (64, 32, 16):
-            rank = {} if part == 16 else {"rank": args.config.dim // part}  # dim / 16 is the default
-            ways = [base | rank | {"active": n} for n in range(args.config.n_layers, 0, -1)]
+        for rank in (args.config.dim // 16, args.config.dim // 32, args.config.dim // 64):
+            ways = [base | {"rank": rank, "active": n} for n in range(args.config.n_layers, 0, -1)]
             limit = memory(args, rival)["predicted"]
             way = next((way for way in ways if memory(args, way)["predicted"] <= limit), None)
             if way and way not in flags.values():
-                flags[f"owlore, rank {args.config.dim // part}, {name}'s memory"] = way
-    flags["full"] = {"method": "full", "embeddings": "frozen"}
+                flags[f"owlore, rank {rank}, {name}"] = way
     rows = [search(args, name, row) for name, row in flags.items()]
     return f"""Embedding and head are frozen in all of them, and OwLore draws its layers ten times in a run. What has all
-layers active draws none, and is GaLore.
+layers active draws none, and is GaLore. As published are 5 of 32 layers at rank dim / 16.
 
 {compare(args, rows, "lora")}"""
 
