@@ -347,6 +347,20 @@ def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int, eos
     return Dataset(np.concatenate(rows + texts), np.array(spans), [r for r in records if r.choices], *cut.tolist())
 
 
+def build_validation(records: list[Record], tokenizer: Tokenizer, seq_len: int) -> "Dataset":
+    """`build_dataset`, with `examples`, what a model is evaluated on: for each row of the dataset the row, and behind it
+    one for each choice of a record that has some."""
+    dataset = build_dataset(records, tokenizer, seq_len)
+    dataset.examples = [[row] for row in dataset]
+    texts = [Record([(record.turns[0][0], choice)]) for record in dataset.records for choice in record.choices]
+    choices = iter(build_dataset(texts, tokenizer, seq_len, eos=False) if texts else ())
+    for rows, record in zip(
+        dataset.examples, (record for record in records if not record.plain)
+    ):  # plain text comes last
+        rows += [next(choices) for _ in record.choices]
+    return dataset
+
+
 @dataclass
 class Dataset:
     """Rows of token ids. ids: int32 [tokens], context complemented. rows: int64 [N, 2], where each begins and ends.

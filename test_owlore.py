@@ -45,7 +45,8 @@ import data
 import model as model_module
 import owlore
 import train
-from data import InputError, Record, build_dataset, encode_turn, fit, load_records, load_tokenizer, parse_record
+from data import InputError, Record, build_dataset, build_validation, encode_turn, fit, load_records
+from data import load_tokenizer, parse_record
 from model import (
     ChunkedCrossEntropy,
     LoRALinear,
@@ -2311,7 +2312,7 @@ def test_choice_accuracy_counts_the_likeliest_completion():
         right += int(np.argmax(scores)) == record.answer
         by_length += int(np.argmax(np.array(scores) / [2, 1, 3])) == record.answer
     args = settings_of("--micro-batch-size", 5)
-    result = train.evaluate(model, train.build_validation(records, tokenizer, 50), args)
+    result = train.evaluate(model, build_validation(records, tokenizer, 50), args)
     assert 0 < right < 12
     assert (result["val_accuracy"], result["val_accuracy_norm"]) == (right / 12, by_length / 12)
 

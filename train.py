@@ -42,8 +42,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from tqdm import tqdm
 
 import owlore
-from data import TINY, Dataset, InputError, Record, Tokenizer, at_least, atomic_write, build_dataset, command
-from data import common_beginning, copy_tokenizer, lay_out, load_records, read_json, split_records
+from data import TINY, Dataset, InputError, at_least, atomic_write, build_dataset, build_validation
+from data import command, common_beginning, copy_tokenizer, lay_out, load_records, read_json, split_records
 from model import CHUNK, ModelConfig, Transformer, add_lora, load, read_checkpoint, require_device, save_model
 from owlore import LayerSampler, ProjectedAdam, outlier_distribution, sampling_probabilities
 
@@ -326,33 +326,14 @@ def score_layers(model: Transformer, data: Dataset, args: argparse.Namespace) ->
 # Evaluation
 
 
-class Validation(NamedTuple):
-    """What a model is evaluated on. examples: for each row of the dataset the row, and behind it one for each choice of
-    a record that has some."""
-
-    dataset: Dataset
-    examples: list[list[np.ndarray]]
-
-
-def build_validation(records: list[Record], tokenizer: Tokenizer, seq_len: int) -> Validation:
-    """Tokenise validation records, and the choices of those that have some."""
-    dataset = build_dataset(records, tokenizer, seq_len)
-    examples = [[row] for row in dataset]
-    texts = [Record([(record.turns[0][0], choice)]) for record in dataset.records for choice in record.choices]
-    choices = iter(build_dataset(texts, tokenizer, seq_len, eos=False) if texts else ())
-    for rows, record in zip(examples, (record for record in records if not record.plain)):  # plain text comes last
-        rows += [next(choices) for _ in record.choices]
-    return Validation(dataset, examples)
-
-
-def evaluate(model: Transformer, validation: Validation, args: argparse.Namespace) -> dict[str, float]:
+def evaluate(model: Transformer, validation: Dataset, args: argparse.Namespace) -> dict[str, float]:
     """`val_loss`, the mean loss per target token in nats. If there are choices, also the share of records whose right
     completion is the likeliest, `val_accuracy`, and by its log-likelihood per character, `val_accuracy_norm` (lm-eval's
     acc and acc_norm)."""
     model.eval()
     losses, counts = row_losses(model, validation.examples, args)
     result = {"val_loss": sum(loss[0] for loss in losses) / max(sum(count[0] for count in counts), 1)}
-    if records := validation.dataset.records:
+    if records := validation.records:
         right = np.zeros(2)
         for record, (_, *loss) in zip(records, (loss for loss in losses if len(loss) > 1)):
             lengths = [len(choice) for choice in record.choices]
@@ -449,19 +430,10 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.set_defaults(**saved | {"resume": True, "out": args.out})
     args = parser.parse_args()
     # What is not part of what is trained may differ; of the data its checksum tells, and lora goes on from --ckpt.
-    free = {
-        "resume",
-        "out",
-        "steps",
-        "epochs",
-        "save_every",
-        "keep",
-        "eval_every",
-        "micro_batch_size",
-        "offload",
-        "device",
-    }
-    free |= {"data", "val_data"} | ({"ckpt"} if args.method != "lora" else set())
+    free = set(
+        "resume out steps epochs save_every keep eval_every micro_batch_size offload device data val_data".split()
+    )
+    free |= {"ckpt"} if args.method != "lora" else set()
     for name in saved.keys() - free:
         if getattr(args, name) != saved[name]:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
@@ -701,7 +673,7 @@ def far_above(loss: float, vocab_size: int) -> float:
 
 
 def require_health(
-    model: Transformer, validation: Validation, limit: float, bad: int, args: argparse.Namespace, out: Path
+    model: Transformer, validation: Dataset, limit: float, bad: int, args: argparse.Namespace, out: Path
 ) -> None:
     """Raise InputError if the run has diverged: too many steps in a row were not good (`bad`, else 0), or the weights are
     such that no fp16 could hold them, or that the loss on some validation rows is above the limit or not finite."""
@@ -788,7 +760,7 @@ def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: 
 # Around the loop
 
 
-def load_inputs(source: Path, args: argparse.Namespace) -> tuple[Transformer, Dataset | None, Validation]:
+def load_inputs(source: Path, args: argparse.Namespace) -> tuple[Transformer, Dataset | None, Dataset]:
     """The model, and what it is trained on (nothing with --eval-only) and validated on."""
     if args.val_data:
         records, held_out = [] if args.eval_only else load_records(args.data), load_records(args.val_data)
@@ -804,7 +776,7 @@ def load_inputs(source: Path, args: argparse.Namespace) -> tuple[Transformer, Da
     data = None if args.eval_only else build_dataset(records, tokenizer, args.seq_len)
     if args.pack and data:
         data.groups = data.packed(args.seq_len, args.seed)
-    for name, dataset in ((args.data, data), (args.val_data or "held-out part", validation.dataset)):
+    for name, dataset in ((args.data, data), (args.val_data or "held-out part", validation)):
         if dataset and (dataset.prompts_cut or dataset.completions_cut):
             print(f"{name}: of {len(dataset.rows)} records {dataset.prompts_cut} had their prompt cut, from the left, and "
                   f"{dataset.completions_cut} their completion, at its end: --seq-len {args.seq_len}")  # fmt: skip

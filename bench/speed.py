@@ -54,6 +54,7 @@ from data import (  # noqa: E402
     Tokenizer,
     atomic_write,
     build_dataset,
+    build_validation,
     command,
     load_records,
     load_tokenizer,
@@ -312,7 +313,7 @@ def real_data(args: argparse.Namespace) -> list[str]:
 def evaluation(model: Transformer, records: list[Record], tokenizer: Tokenizer, args: argparse.Namespace) -> str:
     """Multiple choice, a prompt read once for its choices and once for each."""
     run = argparse.Namespace(micro_batch_size=args.batch_size, seq_len=args.seq_len, device=args.device)
-    examples = train.build_validation(records, tokenizer, args.seq_len).examples
+    examples = build_validation(records, tokenizer, args.seq_len).examples
     alone = [[row] for rows in examples for row in rows]
     losses = {}
 
