@@ -18,6 +18,7 @@ it was, and --finished writes the tables of those that are there already, and na
 """
 
 import argparse
+import bisect
 import contextlib
 import datetime
 import io
@@ -384,16 +385,17 @@ the rate that is best for outlier. Floored: no probability is below {FLOOR:g} / 
 def budget(args: argparse.Namespace) -> str:
     """Few layers at a high rank or many at a low one: as many as fit the memory of LoRA, of LISA, and as published."""
     base = {"method": "owlore", "embeddings": "frozen", **redrawn(args, 10)}
-    flags = {"lora": {"method": "lora"}, "lisa": {"method": "lisa", "embeddings": "frozen"}}
-    flags["full"] = {"method": "full", "embeddings": "frozen"}
-    limits = {"lora's memory": flags["lora"], "published memory": base, "lisa's memory": flags["lisa"]}
-    for name, rival in limits.items():
+    rivals = {"lora": {"method": "lora"}, "published": base, "lisa": {"method": "lisa", "embeddings": "frozen"}}
+    flags = {}
+    for name, rival in rivals.items():
+        limit, owner = memory(args, rival)["predicted"], name if rival is base else f"{name}'s"
+        flags |= {} if rival is base else {name: rival}
         for rank in (args.config.dim // 16, args.config.dim // 32, args.config.dim // 64):
-            ways = [base | {"rank": rank, "active": n} for n in range(args.config.n_layers, 0, -1)]
-            limit = memory(args, rival)["predicted"]
-            way = next((way for way in ways if memory(args, way)["predicted"] <= limit), None)
-            if way and way not in flags.values():
-                flags[f"owlore, rank {rank}, {name}"] = way
+            ways = [base | {"rank": rank, "active": n} for n in range(1, args.config.n_layers + 1)]
+            fitting = bisect.bisect_right(ways, limit, key=lambda way: memory(args, way)["predicted"])
+            if fitting and ways[fitting - 1] not in flags.values():
+                flags[f"owlore, rank {rank}, {owner} memory"] = ways[fitting - 1]
+    flags["full"] = {"method": "full", "embeddings": "frozen"}
     rows = [search(args, name, row) for name, row in flags.items()]
     return f"""Embedding and head are frozen in all of them, and OwLore draws its layers ten times in a run. What has all
 layers active draws none, and is GaLore. As published are 5 of 32 layers at rank dim / 16.
