@@ -47,7 +47,7 @@ from memory import measure, parse_shape  # noqa: E402
 
 import train  # noqa: E402
 from data import InputError, atomic_write, command  # noqa: E402
-from owlore import ProjectedAdam, sampling_probabilities  # noqa: E402
+from owlore import ProjectedAdam, is_tall, project, sampling_probabilities  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 CACHE = RESULTS / "methods-runs.jsonl"
@@ -95,6 +95,33 @@ class SlowEmbeddings(ProjectedAdam):
         super().step()
 
 
+class Fira(ProjectedAdam):
+    """Adds what of the gradient lies outside the basis, as much larger in each row or column of R as Adam makes R there
+    (Fira, arXiv 2410.01623). It holds whole gradients until the step: this is about losses, not about memory."""
+
+    GROWTH = 1.01  # the most by which the norm of that part grows in a step
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs | {"in_backward": False})
+
+    def _step(self) -> None:
+        super()._step()
+        for _, group, p in self._with_gradient():
+            state = self.state[p]
+            if group["rank"] is None or "exp_avg" not in state:
+                continue
+            (beta1, beta2), t, P, tall = group["betas"], state["step"], state["basis"], is_tall(p)
+            R = project(p.grad, P)
+            N = state["exp_avg"] / (1 - beta1**t)
+            N /= (state["exp_avg_sq"] / (1 - beta2**t)).sqrt() + group["eps"]
+            gain = N.norm(dim=int(tall), keepdim=True) / R.norm(dim=int(tall), keepdim=True).clamp(min=1e-30)
+            outside = gain * (p.grad - (R @ P.T if tall else P @ R))
+            norm = outside.norm()
+            most = self.GROWTH * state.get("outside", norm)
+            state["outside"] = torch.minimum(norm, most)
+            p.add_(outside * (state["outside"] / norm.clamp(min=1e-30)), alpha=-group["lr"] * group["scale"])
+
+
 FLOOR = 0.5  # of the uniform probability: no layer's falls below
 
 
@@ -107,6 +134,7 @@ CHANGES = {
     "": contextlib.nullcontext(),
     "keep": patch.object(train, "ProjectedAdam", KeepMoments),
     "reset": patch.object(train, "ProjectedAdam", ResetMoments),
+    "fira": patch.object(train, "ProjectedAdam", Fira),
     "tenth": patch.object(train, "ProjectedAdam", SlowEmbeddings),
     "floor": patch.object(train, "sampling_probabilities", floored),
 }
