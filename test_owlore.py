@@ -2908,7 +2908,7 @@ def test_what_a_killed_save_left_does_not_count_as_a_checkpoint(checkpoint, tmp_
     for name in ("step-0000010.tmp", "step-0000025"):  # half written; whole, but never linked
         (out / "checkpoints" / name / "state").mkdir(parents=True)
     for step in (10, 20, 23):
-        train.save_checkpoint(out, settings_of("--keep", 1), model, checkpoint, {"step": step})
+        train.save_checkpoint(out, settings_of("--keep", 1, "--ckpt", checkpoint), model, {"step": step})
         assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{step:07}"]
         assert train.load_state(out)["step"] == step
     shutil.rmtree(out / "checkpoints")

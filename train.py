@@ -77,16 +77,12 @@ METHODS = {
 
 def run(args: argparse.Namespace) -> None:
     """Load, score, sample, train, evaluate, save, report."""
-    if dist.is_torchelastic_launched():
-        join_processes(args)
+    join_processes(args)
     settings, args = args, fit(args)  # what is saved, and what holds on this machine
-    if args.offload and not dist.is_initialized():
-        join_processes(args)
-    claimed = claim(args) if args.resume and not rank() else None  # before anything in it is read
-    state = load_state(Path(args.out)) if args.resume else None
-    # What lora saves is merged: it goes on from the weights it began with.
-    source = Path(args.out) / "model" if state and args.method != "lora" else Path(args.ckpt)
-    model, data, validation = load_inputs(source, args)
+    join_processes(args)  # if --offload has just been decided
+    lock = claim(args) if args.resume and not rank() else None  # before anything in the folder is read
+    state = load_state(Path(args.out)) if args.resume else {}
+    model, data, validation = load_inputs(args, resumed=bool(state))
     if args.eval_only:
         return print(f"{args.ckpt} on {args.val_data or args.data}: {describe(evaluate(model, validation, args))}")
     steps = args.steps or args.epochs * math.ceil(len(data.groups) / args.batch_size)
@@ -101,21 +97,21 @@ def run(args: argparse.Namespace) -> None:
     if state:
         require_same_run(state, data, steps, args.lr)
         restore(state, model, optimizer, sampler)
-    step, skipped = (state["step"], state["skipped"]) if state else (0, 0)
-    before, after, limit = (state and state.get(key) for key in ("before", "after", "limit"))
     rows = f"{len(data.rows)} " + (f"records in {len(data.groups)} rows" if args.pack else "rows")
     on = f"{args.device}, {args.dtype}" + f", {processes()} processes" * (processes() > 1)
     print(f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {on}")
 
+    step, skipped, bad = state.get("step", 0), state.get("skipped", 0), 0
+    before, after, limit = map(state.get, ("before", "after", "limit"))
     if not state:
-        before = after = evaluate(model, validation, args)  # after: the latest, which a stopped run prints
+        before = after = evaluate(model, validation, args)  # after: the latest
         comment(before["val_loss"], model.config.vocab_size, args)
-    with run_folder(settings, claimed) as out, open_metrics(out, state) as metrics, note_signals() as signals:
+    with run_folder(settings, lock) as out, open_metrics(out, state) as metrics, note_signals() as signals:
         if not state:
             log(metrics, step=0, **before)
         text = "{desc} {bar} {n_fmt}/{total_fmt} {remaining}"  # what stands last is cut off on a narrow screen
         bar = tqdm(total=steps, initial=step, bar_format=text, dynamic_ncols=True)
-        bad, saved, pause, stopping = 0, time.monotonic(), SAVE_SECONDS, False
+        stopping, save_at = False, time.perf_counter() + SAVE_SECONDS
         while step < steps and not stopping:
             began = time.perf_counter()
             if sampler and step % args.interval == 0:
@@ -127,38 +123,33 @@ def run(args: argparse.Namespace) -> None:
             loss, norm = training_step(model, optimizer, batches, args.max_grad_norm)
             step += 1
             limit = limit or far_above(max(before["val_loss"], loss), model.config.vocab_size)
-            finite = math.isfinite(loss + norm)
+            finite, seconds = math.isfinite(loss + norm), time.perf_counter() - began
             skipped += not finite
             bad = 0 if finite and loss <= limit else bad + 1
-            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped,
+            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped, "seconds": seconds,
                    "active": sampler.drawn if sampler else list(range(len(model.layers))),
-                   "seconds": time.perf_counter() - began, "memory": peak_memory(args.device)}  # fmt: skip
-            row["tokens_per_second"] = tokens / row["seconds"]
+                   "memory": peak_memory(args.device), "tokens_per_second": tokens / seconds}  # fmt: skip
             log(metrics, **row)
             bar.set_description_str(progress(row, len(model.layers)), refresh=False)
             bar.update()
-            late = not args.save_every and time.monotonic() > saved + pause
-            stopping, late = (any(flags) for flags in zip(*gather((signals, late))))
+            stopping, late = map(any, zip(*gather((signals, time.perf_counter() > save_at))))
             if step == steps or (not stopping and step % (args.eval_every or math.ceil(steps / 4)) == 0):
                 after = evaluate(model, validation, args)
                 log(metrics, step=step, **after)
                 tqdm.write(f"step {step}: " + describe(after))
-            due = late or args.save_every and step % args.save_every == 0
-            lost = bad >= min(BAD_STEPS, steps / 2)
+            due, lost = step % args.save_every == 0 if args.save_every else late, bad >= min(BAD_STEPS, steps / 2)
             if step == steps or stopping or lost or (due and not bad):
                 require_health(model, validation, limit, bad * lost, args, out)
                 now = {"step": step, "steps": steps, "skipped": skipped, "limit": limit, "before": before,
                        "after": after, "outliers": outliers, "data": zlib.crc32(data.ids), "logged": metrics.tell(),
-                       "adapters": adapters(model), "optimizer": optimizer_state(optimizer),
-                       "sampler": sampler and sampler.state_dict()}  # fmt: skip
-                began = time.monotonic()
-                save_checkpoint(out, args, model, source, now)
-                saved = time.monotonic()
-                pause = max(SAVE_SECONDS, (saved - began) / SAVE_SHARE)
+                       **training_state(model, optimizer, sampler)}  # fmt: skip
+                began = time.perf_counter()
+                save_checkpoint(out, args, model, now)
+                save_at = time.perf_counter() + max(SAVE_SECONDS, (time.perf_counter() - began) / SAVE_SHARE)
         bar.close()
-        if step < steps:
-            print(f"stopped at step {step} of {steps}; to go on: python train.py --resume --out {out}")
-            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    if step < steps:
+        print(f"stopped at step {step} of {steps}; to go on: python train.py --resume --out {out}")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
     print(f"\nbefore: {describe(before)}\nafter:  {describe(after)}\nsaved:  {out / 'model'}")
 
 
@@ -249,8 +240,7 @@ def step_memory(model: Transformer, args: argparse.Namespace) -> int:
         if kind == "plain":
             gradient, state = weight / (parts if inside and sharded else 1), state / parts
         elif kind == "projected":
-            gradient = 4 * min(args.rank, *p.shape) * max(p.shape)  # R
-            whole = max(whole, weight)  # one gradient is, at a time
+            gradient, whole = 4 * min(args.rank, *p.shape) * max(p.shape), max(whole, weight)  # R; a single whole one
         held += weight / parts + state * (share if inside else 1)
         if sharded:
             # Embedding and head are whole throughout. A block is while it is used, and the next on its way, and a copy;
@@ -261,10 +251,9 @@ def step_memory(model: Transformer, args: argparse.Namespace) -> int:
     # up; if it is trained also the inputs of its linears and of the norms' weights
     frozen = 2 * c.dim + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * c.hidden_dim
     trained = frozen + (2 if args.method == "lora" else 4) * c.dim + c.hidden_dim
+    kept, working = c.n_layers * (share * trained + (1 - share) * frozen), 2 * c.hidden_dim
     if args.recompute:  # its first input, and all the rest only while its backward pass runs
         kept, working = c.n_layers * c.dim, trained + 2 * c.hidden_dim * (args.method == "lora")
-    else:
-        kept, working = c.n_layers * (share * trained + (1 - share) * frozen), 2 * c.hidden_dim
     kept, working, output = (n * tokens * size for n in (kept, working, c.dim))
     more = args.micro_batch_size * processes() < args.batch_size  # micro-batches: the gradients before are there
     head = ends if more else ends / 2  # the embedding's comes last
@@ -280,33 +269,32 @@ def fit(args: argparse.Namespace) -> argparse.Namespace:
     """The settings with what the device has room for: in this order activations are kept or recomputed, fewer rows are
     computed at once, and weights stay in host memory. None of it changes what is trained. Raises InputError if nothing
     fits, or if there are more processes than rows in a step."""
-    rows = math.ceil(args.batch_size / processes())
     if processes() > args.batch_size and not args.eval_only:
         raise InputError(f"--batch-size {args.batch_size}: fewer rows than the {processes()} processes; start fewer")
-    fitted = argparse.Namespace(**vars(args) | {"recompute": False, "micro_batch_size": args.micro_batch_size or rows})
     require_device(args.device)
+    rows = math.ceil(args.batch_size / processes())
+    sizes = [args.micro_batch_size or math.ceil(rows / 2**n) for n in range(rows.bit_length() + 1)]
+    fitted = argparse.Namespace(**vars(args) | {"recompute": False, "micro_batch_size": sizes[0]})
     if not args.device.startswith("cuda"):
         return fitted
     with torch.device("meta"):
         model = Transformer(read_config(args)).to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
         if args.method == "lora":
             add_lora(model, args.rank, args.lora_alpha)
-    fewer = [] if args.micro_batch_size else [math.ceil(rows / 2**n) for n in range(1, rows.bit_length())]
-    ways = [(False, fitted.micro_batch_size), *((True, n) for n in dict.fromkeys([fitted.micro_batch_size, *fewer]))]
     room = torch.cuda.mem_get_info(args.device)[0]
     if args.eval_only:
-        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / processes()
+        weights = sum(p.nbytes for p in model.parameters()) / processes()
         fitted.offload = args.offload or any(gather(weights > 0.8 * room))
         return fitted
-    for offload in dict.fromkeys((args.offload, True)):
-        for recompute, at_once in ways:
-            fitted.offload, fitted.recompute, fitted.micro_batch_size = offload, recompute, at_once
-            needed = 1.05 * step_memory(model, fitted)  # the allocator cannot use all there is
-            if min(gather(room > needed)):
-                print(f"a step takes {in_words(needed)} of {in_words(room)}: activations "
-                      f"{'recomputed' if recompute else 'kept'}, {at_once} of {rows} rows at once, weights "
-                      f"{'in host memory' if offload else 'on the device'}")  # fmt: skip
-                return fitted
+    ways = [(False, sizes[0]), *((True, size) for size in dict.fromkeys(sizes))]
+    for offload, (recompute, at_once) in itertools.product(dict.fromkeys((args.offload, True)), ways):
+        fitted.offload, fitted.recompute, fitted.micro_batch_size = offload, recompute, at_once
+        needed = 1.05 * step_memory(model, fitted)  # the allocator cannot use all there is
+        if min(gather(room > needed)):
+            print(f"a step takes {in_words(needed)} of {in_words(room)}: activations "
+                  f"{'recomputed' if recompute else 'kept'}, {at_once} of {rows} rows at once, weights "
+                  f"{'in host memory' if offload else 'on the device'}")  # fmt: skip
+            return fitted
     raise InputError(f"out of memory: a step takes {in_words(needed)}, of which {in_words(room)} are free, even with "
                      "weights in host memory; --embeddings projected or frozen, a smaller --active, --rank or --seq-len "
                      "need less")  # fmt: skip
@@ -331,40 +319,43 @@ def evaluate(model: Transformer, validation: Dataset, args: argparse.Namespace) 
     completion is the likeliest, `val_accuracy`, and by its log-likelihood per character, `val_accuracy_norm` (lm-eval's
     acc and acc_norm)."""
     model.eval()
-    losses, counts = row_losses(model, validation.examples, args)
-    result = {"val_loss": sum(loss[0] for loss in losses) / max(sum(count[0] for count in counts), 1)}
+    examples = row_losses(model, validation.examples, args)
+    loss, count = sum(rows[0] for rows in examples)
+    result = {"val_loss": loss / max(count, 1)}
     if records := validation.records:
         right = np.zeros(2)
-        for record, (_, *loss) in zip(records, (loss for loss in losses if len(loss) > 1)):
-            lengths = [len(choice) for choice in record.choices]
-            right += [np.argmin(x) == record.answer for x in (loss, np.divide(loss, lengths))]
+        for record, rows in zip(records, (rows[1:] for rows in examples if len(rows) > 1)):
+            losses, lengths = [loss for loss, _ in rows], [len(choice) for choice in record.choices]
+            right += [np.argmin(x) == record.answer for x in (losses, np.divide(losses, lengths))]
         result["val_accuracy"], result["val_accuracy_norm"] = right / len(records)
     model.train()
     return {name: float(value) for name, value in result.items()}
 
 
 @torch.no_grad()
-def row_losses(model: Transformer, examples: list[list[np.ndarray]], args: argparse.Namespace) -> tuple[list, list]:
-    """The summed loss of each row of each example, in nats, and the number of its targets. What the rows of an example
-    have in common at the beginning is computed once."""
+def row_losses(
+    model: Transformer, examples: list[list[np.ndarray]], args: argparse.Namespace
+) -> list[list[np.ndarray]]:
+    """The summed loss of each row of each example, in nats, and the number of its targets, [2]. What the rows of an
+    example have in common at the beginning is computed once."""
     sizes = [sum(map(len, rows)) - (len(rows) - 1) * common_beginning(rows) for rows in examples]
     groups, most = [[]], args.micro_batch_size * args.seq_len  # tokens at once: no more than training has
     for n in np.argsort(sizes, kind="stable"):  # by length, so that attention pads little
         if groups[-1] and (len(groups[-1]) + 1) * sizes[n] > most:
             groups.append([])
         groups[-1].append(n)
-    here, results = groups[rank() :: processes()], {}
-    for n in tqdm(range(math.ceil(len(groups) / processes())), "evaluating", leave=False, disable=None):
-        group = here[n] if n < len(here) else groups[0]  # who has none left takes part all the same
+    groups += groups[:1] * (-len(groups) % processes())  # as many for each: all take part in all forward passes
+    results = {}
+    for group in tqdm(groups[rank() :: processes()], "evaluating", leave=False, disable=None):
         tokens, targets, layout, parts = lay_out([examples[n] for n in group])
         loss = model(tokens.to(args.device), targets.to(args.device), layout.to(args.device), reduction="none")  # [K]
-        sums = iter([(part.sum().item(), len(part)) for part in loss.cpu().double().split(parts)])
+        sums = iter([np.array([part.sum(), len(part)]) for part in loss.cpu().double().split(parts)])
         for n in group:
-            common = np.array(next(sums))
-            results[n] = [common + next(sums) for _ in examples[n]]  # [loss, count] of each row
+            common = next(sums)
+            results[n] = [common + next(sums) for _ in examples[n]]
     reshard(model)
     results = {n: result for part in gather(results) for n, result in part.items()}
-    return tuple([[row[i] for row in results[n]] for n in range(len(examples))] for i in (0, 1))
+    return [results[n] for n in range(len(examples))]
 
 
 # Settings: decided once, from what was typed, the model's config and the device
@@ -418,29 +409,27 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
     begun with. Raises InputError if they disagree."""
     args = parser.parse_args()
     file = Path(args.out or "") / "args.json"
-    if not args.resume or (args.out and args.data and not file.exists()):  # or resumed before it had begun
-        return decide_settings(args, read_checkpoint(args.ckpt)[0])
-    if not args.out or not file.exists():
+    if args.resume and args.out and file.exists():
+        saved = read_json(file)
+        unknown = saved.keys() - vars(args).keys()
+        if unknown or not saved.keys() > {"ckpt", "data", "lr"}:
+            problem = f"has unknown settings, {', '.join(sorted(unknown))}" if unknown else "damaged"
+            raise InputError(f"{file}: {problem}; the checkpoints beside it are still usable")
+        begun_with = argparse.Namespace(**saved | {"resume": True, "out": args.out})
+        args = parser.parse_args(namespace=begun_with)  # which flags that are given override
+        # What is not part of what is trained may differ; of the data its checksum tells, and lora goes on from --ckpt.
+        free = (
+            "resume out steps epochs save_every keep eval_every micro_batch_size offload device data val_data".split()
+        )
+        for name in saved.keys() - free - {"ckpt" if args.method != "lora" else ""}:
+            if getattr(args, name) != saved[name]:
+                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise InputError(f"{flag}: the run in {args.out} has {saved[name]}; leave the flag out")
+        if args.epochs != saved.get("epochs") and args.steps == saved.get("steps"):
+            args.steps = None  # which it was begun with
+    elif args.resume and not (args.out and args.data):  # with both it is one that was killed before it had begun
         raise InputError(f"--resume: no run to continue in --out {args.out}; name its folder")
-    saved = read_json(file)
-    if not saved.keys() > {"ckpt", "data", "lr"}:
-        raise InputError(f"{file}: damaged; the checkpoints beside it are still usable")
-    if unknown := saved.keys() - vars(args).keys():
-        raise InputError(f"{file}: has settings that this version does not know: {', '.join(sorted(unknown))}")
-    parser.set_defaults(**saved | {"resume": True, "out": args.out})
-    args = parser.parse_args()
-    # What is not part of what is trained may differ; of the data its checksum tells, and lora goes on from --ckpt.
-    free = set(
-        "resume out steps epochs save_every keep eval_every micro_batch_size offload device data val_data".split()
-    )
-    free |= {"ckpt"} if args.method != "lora" else set()
-    for name in saved.keys() - free:
-        if getattr(args, name) != saved[name]:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise InputError(f"{flag}: the run in {args.out} has {saved[name]}; leave the flag out")
-    if args.epochs != saved.get("epochs") and args.steps == saved.get("steps"):
-        args.steps = None  # which it was begun with
-    return decide_settings(args, read_config(args))  # of flags that are younger than the run
+    return decide_settings(args, read_config(args))  # also of flags that are younger than the run
 
 
 def read_config(args: argparse.Namespace) -> ModelConfig:
@@ -506,8 +495,8 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
 #     latest                    a link to the newest of them; model and state are links into it
 
 
-def claim(args: argparse.Namespace) -> tuple[Path, IO[str]]:
-    """The folder of a run, --out or the first that is free of runs/NAME, runs/NAME-2, ..., and a file that holds it for
+def claim(args: argparse.Namespace) -> IO[str]:
+    """A file in the folder of a run, --out or the first that is free of runs/NAME, runs/NAME-2, ..., that holds it for
     this process while it is open. Raises InputError if --out cannot be made, holds something else, or another run is
     writing there."""
     for n in itertools.count(1):
@@ -527,30 +516,30 @@ def claim(args: argparse.Namespace) -> tuple[Path, IO[str]]:
         else:
             for half_written in out.glob("checkpoints/step-*.tmp"):
                 shutil.rmtree(half_written, ignore_errors=True)
-            return out, lock
+            return lock
 
 
 @contextlib.contextmanager
-def run_folder(args: argparse.Namespace, claimed: tuple[Path, IO[str]] | None = None) -> Iterator[Path]:
+def run_folder(args: argparse.Namespace, lock: IO[str] | None = None) -> Iterator[Path]:
     """Begin to write a run in its folder, claimed already if it is resumed: its settings come first."""
-    if rank():
-        yield Path(gather(None)[0])
-        return
-    out, lock = claimed or claim(args)
-    with lock:
-        args.out = str(out)
-        with atomic_write(out / "args.json") as file:
-            file.write(json.dumps(vars(args), indent=1).encode())
-        gather(args.out)
-        yield out
+    with open(os.devnull) if rank() else lock or claim(args) as lock:
+        if not rank():
+            args.out = str(Path(lock.name).parent)
+            write_json(Path(args.out) / "args.json", vars(args))
+        yield Path(gather(args.out)[0])
 
 
-def open_metrics(out: Path, state: dict | None) -> IO[bytes]:
+def write_json(path: Path, value: dict) -> None:
+    """Write a file that takes its place once it is whole and on disk."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
+def open_metrics(out: Path, state: dict) -> IO[bytes]:
     """metrics.jsonl to append to. What was logged after the checkpoint that a run goes on from is dropped."""
-    if rank():
-        return open(os.devnull, "ab", buffering=0)
-    metrics = open(out / "metrics.jsonl", "ab", buffering=0)
-    metrics.truncate(min(metrics.tell(), state["logged"] if state else 0))
+    metrics = open(os.devnull if rank() else out / "metrics.jsonl", "ab", buffering=0)
+    if not rank():
+        metrics.truncate(min(metrics.tell(), state.get("logged", 0)))
     return metrics
 
 
@@ -562,7 +551,7 @@ def log(metrics: IO[bytes], **row) -> None:
         tqdm.write(f"metrics.jsonl: {error.strerror}; step {row['step']} is not logged")
 
 
-def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, source: Path, state: dict) -> None:
+def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, state: dict) -> None:
     """Write checkpoints/step-N beside the others, and point `latest` to it once it is complete and on disk; then remove
     all but the --keep newest. Raises InputError if that fails: what was there is kept."""
     if rank():  # it gives its rows to the first process, which writes
@@ -570,7 +559,7 @@ def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, sou
         if gather(None)[0]:
             sys.exit(2)
         return
-    source = out / "model" if (out / "model").exists() else source  # of a resumed run: its first source may be gone
+    source = out / "model" if (out / "model").exists() else args.ckpt  # which may be gone when a run is resumed
     folder = out / "checkpoints" / f"step-{state['step']:07}"
     new, problem = folder.with_suffix(".tmp"), None
     shutil.rmtree(new, ignore_errors=True)
@@ -580,9 +569,7 @@ def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, sou
         copy_tokenizer(source, new / "model")
         with atomic_write(new / "state" / "state.pt") as file:
             torch.save(state, file)
-        sums = json.dumps(checksums(new), indent=1).encode()
-        with atomic_write(new / CHECKSUMS) as file:
-            file.write(sums)
+        write_json(new / CHECKSUMS, checksums(new))
         sync(new / "model", new / "state", new)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it was linked
         os.rename(new, folder)
@@ -677,27 +664,39 @@ def require_health(
 ) -> None:
     """Raise InputError if the run has diverged: too many steps in a row were not good (`bad`, else 0), or the weights are
     such that no fp16 could hold them, or that the loss on some validation rows is above the limit or not finite."""
-    losses, counts = row_losses(model, [rows[:1] for rows in validation.examples[:HEALTH_ROWS]], args)
-    loss, most = sum(x for (x,) in losses) / max(sum(n for (n,) in counts), 1), torch.finfo(torch.float16).max
+    examples = [rows[:1] for rows in validation.examples[:HEALTH_ROWS]]
+    loss, count = sum(rows[0] for rows in row_losses(model, examples, args))
+    loss, most = loss / max(count, 1), torch.finfo(torch.float16).max
     largest = [torch.linalg.vector_norm(w, torch.inf) for w in map(owlore.own, model.parameters()) if w.numel()]
-    sound = all(gather(all(norm <= most for norm in largest)))
-    if not (sound and loss <= limit and not bad):
-        what = f"in the last {bad} steps loss or gradients were not finite, or the loss was far above"
-        what = what if loss <= limit else f"the loss is {loss:.4g}"
-        what = what if sound else "weights are too large"
-        raise InputError(f"diverged: {what}; before training the loss was below {limit:.4g}; begin anew with a smaller --lr "
-                         f"or --scale ({args.lr:.3g} and {args.scale:g} now); {kept(out)}")  # fmt: skip
+    problem = "" if all(gather(all(norm <= most for norm in largest))) else "weights are too large"
+    problem = problem or ("" if loss <= limit else f"the loss is {loss:.4g}")
+    problem = problem or (
+        bad and f"in the last {bad} steps loss or gradients were not finite, or the loss was far above"
+    )
+    if problem:
+        raise InputError(f"diverged: {problem}; before training the loss was below {limit:.4g}; begin anew with a smaller "
+                         f"--lr or --scale ({args.lr:.3g} and {args.scale:g} now); {kept(out)}")  # fmt: skip
+
+
+def load_state(out: Path) -> dict:
+    """What the newest checkpoint that is as it was written holds besides weights, {} before the first; `latest` points to
+    it then. Says which ones are damaged. Raises InputError if all are."""
+    folder = gather(None if rank() else newest_checkpoint(out))[0]
+    if not folder:
+        return {}
+    path = folder / "state" / "state.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load has no one error for a damaged file
+        raise InputError(f"{path}: damaged ({type(error).__name__}); the model beside it is still usable") from None
 
 
 def newest_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that is as it was written, to which `latest` points then; None before the first. Says which
-    ones are damaged. Raises InputError if all are."""
     folders = sorted((out / "checkpoints").glob("step-*[0-9]"), reverse=True)
     for folder in folders:
         broken = damage(folder)
         if not broken:
-            if (out / "latest").resolve() != folder.resolve():
-                link(out, folder)
+            link(out, folder)
             return folder
         print(f"{folder / broken}: damaged, or only half written: going on from the checkpoint before it")
     if folders or (out / "latest").is_symlink():
@@ -718,25 +717,9 @@ def require_same_run(state: dict, data: Dataset, steps: int, lr: float) -> None:
               f"{lr * (1 - done / steps):.3g} instead of {lr * (1 - done / planned):.3g}, and falls to zero at their end")  # fmt: skip
 
 
-def load_state(out: Path) -> dict | None:
-    """What the newest good checkpoint holds besides weights; None before the first."""
-    folder = gather(None if rank() else newest_checkpoint(out))[0]
-    if not folder:
-        return None
-    path = folder / "state" / "state.pt"
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load has no one error for a damaged file
-        raise InputError(f"{path}: damaged ({type(error).__name__}); the model beside it is still usable") from None
-
-
-def adapters(model: Transformer) -> dict[str, Tensor]:
-    """LoRA's additions, which the saved weights hold merged."""
-    return {name: owlore.whole(p.detach()) for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
-
-
-def optimizer_state(optimizer: ProjectedAdam) -> dict:
-    """Its state_dict; in the first process with all rows of the moments that are sharded."""
+def training_state(model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> dict:
+    """What `restore` takes, besides the saved weights; in the first process with all rows of what is sharded."""
+    adapters = {name: owlore.whole(p.detach()) for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
     state = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, moments in state["state"].items():
@@ -744,7 +727,8 @@ def optimizer_state(optimizer: ProjectedAdam) -> dict:
         if owlore.is_sharded(p) and "basis" not in moments:
             rows = {key: owlore.whole(value, p) for key, value in moments.items() if isinstance(value, Tensor)}
             state["state"][index] = moments | ({} if rank() else {key: value.cpu() for key, value in rows.items()})
-    return state
+    # Lora's additions, for the saved weights hold them merged
+    return {"adapters": adapters, "optimizer": state, "sampler": sampler and sampler.state_dict()}
 
 
 def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> None:
@@ -760,16 +744,18 @@ def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: 
 # Around the loop
 
 
-def load_inputs(source: Path, args: argparse.Namespace) -> tuple[Transformer, Dataset | None, Dataset]:
+def load_inputs(args: argparse.Namespace, resumed: bool) -> tuple[Transformer, Dataset | None, Dataset]:
     """The model, and what it is trained on (nothing with --eval-only) and validated on."""
     if args.val_data:
         records, held_out = [] if args.eval_only else load_records(args.data), load_records(args.val_data)
     else:
         records, held_out = split_records(load_records(args.data), HELD_OUT, HELD_OUT_RECORDS, args.seed)
     torch.manual_seed(args.seed)
-    sharded = args.offload or processes() > 1
+    sharded, lora = args.offload or processes() > 1, args.method == "lora"
+    # What lora saves is merged: it goes on from the weights it began with.
+    source = Path(args.out) / "model" if resumed and not lora else args.ckpt
     model, tokenizer = load(source, args, partial(shard, args=args) if sharded else None)
-    if args.method == "lora" and not sharded:
+    if lora and not sharded:
         add_lora(model, args.rank, args.lora_alpha)
     model.checkpoint_blocks = args.recompute
     validation = build_validation(held_out, tokenizer, args.seq_len)
@@ -804,13 +790,15 @@ def reshard(model: Transformer) -> None:
 
 def join_processes(args: argparse.Namespace) -> None:
     """Join the processes that torchrun has started, the first of which talks. FSDP needs a group for --offload, too."""
+    launched, cuda = dist.is_torchelastic_launched(), args.device.startswith("cuda")
+    if dist.is_initialized() or not (launched or args.offload):
+        return
     require_device(args.device)
-    cuda = args.device.startswith("cuda")
-    if dist.is_torchelastic_launched() and args.device not in ("cuda", "cpu"):
+    if launched and args.device not in ("cuda", "cpu"):
         raise InputError(f"--device {args.device}: each process takes a card of its own; leave the number out")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.device(args.device).index or 0)))
-    alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     if rank():
         sys.stdout = open(os.devnull, "w")
@@ -883,8 +871,7 @@ def peak_memory(device: str) -> int:
     """Peak bytes so far: of tensors on a GPU, of the whole process elsewhere."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Output:
