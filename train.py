@@ -21,6 +21,7 @@ if __name__ == "__main__":  # already here, as importing torch takes its seconds
 import argparse
 import contextlib
 import fcntl
+import io
 import itertools
 import json
 import math
@@ -38,7 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from tqdm import tqdm
 
 import owlore
@@ -53,6 +54,8 @@ HELD_OUT, HELD_OUT_RECORDS = 0.05, 500  # the share of --data, and at most so ma
 BAD_STEPS = 10  # in a row, or half of a run, end it: those whose loss or gradients are not finite, or `far_above`
 HEALTH_ROWS = 32  # of validation data: enough to tell a model that still works from one that does not
 SAVE_SECONDS, SAVE_SHARE = 15 * 60, 0.05  # the least time between two checkpoints; the most of a run that they may take
+# What a resumed run may have otherwise, as it is not part of what is trained; of the data its checksum tells
+MAY_CHANGE = "resume out steps epochs save_every keep eval_every micro_batch_size offload device data val_data".split()
 # The least that owlore trains: with the paper's shares of a 7B, small models do worse than by any other method (README)
 MIN_ACTIVE, MIN_RANK = 4, 32
 
@@ -63,7 +66,7 @@ class Method(NamedTuple):
     sampling: str | None  # how layers are drawn; None: all are trained
     projection: bool
     active: int = 32
-    interval: int = 50
+    interval: int | None = None
 
 
 METHODS = {
@@ -82,10 +85,10 @@ def run(args: argparse.Namespace) -> None:
     join_processes(args)  # if --offload has just been decided
     lock = claim(args) if args.resume and not rank() else None  # before anything in the folder is read
     state = load_state(Path(args.out)) if args.resume else {}
-    model, data, validation = load_inputs(args, resumed=bool(state))
+    model, data, validation = load_inputs(args, state)
     if args.eval_only:
         return print(f"{args.ckpt} on {args.val_data or args.data}: {describe(evaluate(model, validation, args))}")
-    steps = args.steps or args.epochs * math.ceil(len(data.groups) / args.batch_size)
+    steps = planned_steps(data, args, state)
     require_room(model, args, steps)
     sampler = outliers = None
     if args.sampling:
@@ -95,18 +98,17 @@ def run(args: argparse.Namespace) -> None:
         print(layer_chart({"outliers %": 100 * outliers, "p": p}))
     optimizer = build_optimizer(model, args)  # 3. project
     if state:
-        require_same_run(state, data, steps, args.lr)
         restore(state, model, optimizer, sampler)
-    rows = f"{len(data.rows)} " + (f"records in {len(data.groups)} rows" if args.pack else "rows")
-    on = f"{args.device}, {args.dtype}" + f", {processes()} processes" * (processes() > 1)
-    print(f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {on}")
+    rows = f"{len(data.rows)} records in " * args.pack + f"{len(data.groups)} rows"
+    shared = f", {processes()} processes" * (processes() > 1)
+    print(f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {args.device}, {args.dtype}{shared}")
 
     step, skipped, bad = state.get("step", 0), state.get("skipped", 0), 0
     before, after, limit = map(state.get, ("before", "after", "limit"))
     if not state:
         before = after = evaluate(model, validation, args)  # after: the latest
         comment(before["val_loss"], model.config.vocab_size, args)
-    with run_folder(settings, lock) as out, open_metrics(out, state) as metrics, note_signals() as signals:
+    with run_folder(settings, lock, state) as (out, metrics), note_signals() as signals:
         if not state:
             log(metrics, step=0, **before)
         text = "{desc} {bar} {n_fmt}/{total_fmt} {remaining}"  # what stands last is cut off on a narrow screen
@@ -197,10 +199,8 @@ def step_batches(data: Dataset, args: argparse.Namespace, step: int) -> tuple[li
 
 def how_trained(name: str, parameter: Tensor, args: argparse.Namespace) -> str:
     """How a parameter is trained while its layer is active: "projected", "plain" or "frozen"."""
-    if not name.startswith("layers."):
-        if parameter.dim() == 2:  # embedding and head
-            return {"full": "plain"}.get(args.embeddings, args.embeddings)
-        return "frozen" if args.method == "lora" else "plain"
+    if parameter.dim() == 2 and not name.startswith("layers."):  # embedding and head
+        return {"full": "plain"}.get(args.embeddings, args.embeddings)
     if args.method == "lora":
         return "plain" if name.endswith((".A", ".B")) else "frozen"
     return "projected" if METHODS[args.method].projection and args.rank and parameter.dim() == 2 else "plain"
@@ -208,49 +208,58 @@ def how_trained(name: str, parameter: Tensor, args: argparse.Namespace) -> str:
 
 def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAdam:
     """One group of projected parameters, one of plain ones; the others are frozen."""
-    groups = {"plain": {"params": []}, "frozen": {"params": []}}
-    groups["projected"] = {"params": [], "rank": args.rank, "update_gap": args.update_gap, "scale": args.scale}
+    projected = {"rank": args.rank, "update_gap": args.update_gap, "scale": args.scale}
+    groups = {"plain": {}, "frozen": {}, "projected": projected}
     for name, parameter in model.named_parameters():
         kind = how_trained(name, parameter, args)
         parameter.requires_grad_(kind != "frozen")
-        groups[kind]["params"].append(parameter)
-    used = [group for kind, group in groups.items() if group["params"] and kind != "frozen"]
+        groups[kind].setdefault("params", []).append(parameter)
+    used = [group for kind, group in groups.items() if kind != "frozen" and "params" in group]
     optimizer = ProjectedAdam(used, args.lr, weight_decay=args.weight_decay, svd=args.svd, in_backward=True)
     owlore.take_factors(model, optimizer)
     return optimizer
 
 
-def optimizer_size(p: Tensor, kind: str, rank: int) -> int:
-    """Bytes of the optimizer's state of a parameter: two moments, of R if it is projected, and then the basis."""
-    if kind == "projected":
-        return 4 * min(rank, *p.shape) * (2 * max(p.shape) + min(p.shape))
-    return 8 * p.numel() if kind == "plain" else 0
+def parameter_sizes(model: Transformer, args: argparse.Namespace) -> Iterator[tuple[str, bool, int, float, float]]:
+    """Of each parameter how it is trained, whether it is a block's, and the bytes of its weight, of its gradient and of
+    the optimizer's state; of layers that take turns the mean. The model may be without memory ("meta")."""
+    for name, p in model.named_parameters():
+        kind, inside, weight = how_trained(name, p, args), name.startswith("layers."), p.numel() * p.element_size()
+        gradient, state = (weight, 8 * p.numel()) if kind == "plain" else (0, 0)
+        if kind == "projected":  # R; its two moments and the basis
+            R, basis = (4 * min(args.rank, *p.shape) * side for side in (max(p.shape), min(p.shape)))
+            gradient, state = R, 2 * R + basis
+        share = args.active / model.config.n_layers if args.sampling and inside else 1
+        yield kind, inside, weight, gradient * share, state * share
+
+
+def checkpoint_size(model: Transformer, args: argparse.Namespace) -> float:
+    """Bytes of a checkpoint: weights, and the optimizer's state."""
+    return sum(weight + state for _, _, weight, _, state in parameter_sizes(model, args))
 
 
 def step_memory(model: Transformer, args: argparse.Namespace) -> int:
     """Bytes of a training step on its device at its peak. On one card without --offload it is within 3 % of what
-    bench/memory.py counts, tensor by tensor, at 7B. The model may be without memory ("meta")."""
+    bench/memory.py counts, tensor by tensor, at 7B."""
     c, size, tokens = model.config, model.output.weight.element_size(), args.micro_batch_size * args.seq_len
-    share = args.active / c.n_layers if args.sampling else 1.0  # of the layers, that is trained
     sharded, parts = args.offload or processes() > 1, math.inf if args.offload else processes()
     held, ends, blocks, whole = 0, 0, 0, 0  # weights with their state; gradients of embedding and head; of blocks
-    for name, p in model.named_parameters():
-        kind, inside, weight = how_trained(name, p, args), name.startswith("layers."), size * p.numel()
-        gradient, state = 0, optimizer_size(p, kind, args.rank)
-        if kind == "plain":
-            gradient, state = weight / (parts if inside and sharded else 1), state / parts
-        elif kind == "projected":
-            gradient, whole = 4 * min(args.rank, *p.shape) * max(p.shape), max(whole, weight)  # R; a single whole one
-        held += weight / parts + state * (share if inside else 1)
+    for kind, inside, weight, gradient, state in parameter_sizes(model, args):
+        if kind == "projected":
+            whole = max(whole, weight)  # one gradient is, at a time
+        else:
+            gradient, state = gradient / (parts if inside and sharded else 1), state / parts
+        held += weight / parts + state
         if sharded:
             # Embedding and head are whole throughout. A block is while it is used, and the next on its way, and a copy;
             # and so is its gradient, with a copy to be reduced.
             held += (5 if kind == "plain" else 3) * weight / c.n_layers if inside else weight
-        blocks, ends = blocks + gradient * share * inside, ends + gradient * (not inside)
+        blocks, ends = blocks + gradient * inside, ends + gradient * (not inside)
     # What a block keeps of each token: its two inputs, queries, keys, values and what attention makes of them, gate and
     # up; if it is trained also the inputs of its linears and of the norms' weights
     frozen = 2 * c.dim + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * c.hidden_dim
     trained = frozen + (2 if args.method == "lora" else 4) * c.dim + c.hidden_dim
+    share = args.active / c.n_layers if args.sampling else 1  # of the layers, that is trained
     kept, working = c.n_layers * (share * trained + (1 - share) * frozen), 2 * c.hidden_dim
     if args.recompute:  # its first input, and all the rest only while its backward pass runs
         kept, working = c.n_layers * c.dim, trained + 2 * c.hidden_dim * (args.method == "lora")
@@ -291,13 +300,11 @@ def fit(args: argparse.Namespace) -> argparse.Namespace:
         fitted.offload, fitted.recompute, fitted.micro_batch_size = offload, recompute, at_once
         needed = 1.05 * step_memory(model, fitted)  # the allocator cannot use all there is
         if min(gather(room > needed)):
-            print(f"a step takes {in_words(needed)} of {in_words(room)}: activations "
-                  f"{'recomputed' if recompute else 'kept'}, {at_once} of {rows} rows at once, weights "
-                  f"{'in host memory' if offload else 'on the device'}")  # fmt: skip
+            print(f"a step takes {in_words(needed)} of {in_words(room)}: {at_once} of {rows} rows at once, activations "
+                  f"{'recomputed' if recompute else 'kept'}, weights {'in host memory' if offload else 'on the device'}")  # fmt: skip
             return fitted
-    raise InputError(f"out of memory: a step takes {in_words(needed)}, of which {in_words(room)} are free, even with "
-                     "weights in host memory; --embeddings projected or frozen, a smaller --active, --rank or --seq-len "
-                     "need less")  # fmt: skip
+    raise InputError(f"out of memory: a step takes {in_words(needed)} of {in_words(room)}, even with weights in host memory; "
+                     "--embeddings projected or frozen, a smaller --active, --rank or --seq-len need less")  # fmt: skip
 
 
 def score_layers(model: Transformer, data: Dataset, args: argparse.Namespace) -> Tensor:
@@ -307,8 +314,6 @@ def score_layers(model: Transformer, data: Dataset, args: argparse.Namespace) ->
         return outlier_distribution(model, model.layers, (row.to(args.device) for row in rows), args.threshold)
     except ValueError as error:
         raise InputError(f"{args.ckpt}: {error}") from None
-    finally:
-        reshard(model)
 
 
 # Evaluation
@@ -333,9 +338,7 @@ def evaluate(model: Transformer, validation: Dataset, args: argparse.Namespace) 
 
 
 @torch.no_grad()
-def row_losses(
-    model: Transformer, examples: list[list[np.ndarray]], args: argparse.Namespace
-) -> list[list[np.ndarray]]:
+def row_losses(model: Transformer, examples: list[list[np.ndarray]], args: argparse.Namespace) -> list:
     """The summed loss of each row of each example, in nats, and the number of its targets, [2]. What the rows of an
     example have in common at the beginning is computed once."""
     sizes = [sum(map(len, rows)) - (len(rows) - 1) * common_beginning(rows) for rows in examples]
@@ -353,7 +356,6 @@ def row_losses(
         for n in group:
             common = next(sums)
             results[n] = [common + next(sums) for _ in examples[n]]
-    reshard(model)
     results = {n: result for part in gather(results) for n, result in part.items()}
     return [results[n] for n in range(len(examples))]
 
@@ -417,11 +419,7 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
             raise InputError(f"{file}: {problem}; the checkpoints beside it are still usable")
         begun_with = argparse.Namespace(**saved | {"resume": True, "out": args.out})
         args = parser.parse_args(namespace=begun_with)  # which flags that are given override
-        # What is not part of what is trained may differ; of the data its checksum tells, and lora goes on from --ckpt.
-        free = (
-            "resume out steps epochs save_every keep eval_every micro_batch_size offload device data val_data".split()
-        )
-        for name in saved.keys() - free - {"ckpt" if args.method != "lora" else ""}:
+        for name in saved.keys() - MAY_CHANGE - {"ckpt" if args.method != "lora" else ""}:  # lora goes on from --ckpt
             if getattr(args, name) != saved[name]:
                 flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
                 raise InputError(f"{flag}: the run in {args.out} has {saved[name]}; leave the flag out")
@@ -442,6 +440,7 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     """Give each flag that was left out its value; those that follow the model's size are the published ones at 7B.
     Raises InputError for flags that do not go together or that the model cannot follow."""
     method, lora = METHODS[args.method], args.method == "lora"
+    both = method.sampling and method.projection
 
     def require(condition: object, message: str) -> None:
         if not condition:
@@ -449,8 +448,7 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
 
     if not args.resume:
         for name in () if method.sampling else ("sampling", "active", "interval"):
-            message = f"--{name}: --method {args.method} trains all layers; leave it out, or use owlore or lisa"
-            require(getattr(args, name) is None, message)
+            require(getattr(args, name) is None, f"--{name}: {args.method} trains all layers, unlike owlore and lisa")
         require(args.lora_alpha is None or lora, "--lora-alpha: only --method lora has a use for it; leave it out")
     if Path(args.ckpt) == TINY and args.data is None:
         args.data, args.val_data = str(TINY / "train.json"), args.val_data or str(TINY / "val.json")
@@ -459,24 +457,22 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     at_once = args.micro_batch_size or 1
     require(at_once <= args.batch_size, f"--micro-batch-size {at_once}: there are {args.batch_size} rows in a step")
 
-    both = method.projection and method.sampling
+    share = math.ceil(method.active / 32 * config.n_layers)
+    rank = max(8, config.dim // 128) if lora else max(MIN_RANK, config.dim // 16)
     defaults = {
-        "rank": max(8, config.dim // 128) if lora else max(MIN_RANK, config.dim // 16),
+        "sampling": method.sampling,
+        "active": method.sampling and min(max(MIN_ACTIVE if both else 1, share), config.n_layers),
+        "interval": method.interval,
+        "rank": rank,
+        "lora_alpha": 2.0 * (args.rank or rank) if lora else None,
         "threshold": owlore.default_threshold(config.dim),
         "embeddings": "frozen" if lora else "full",
         "lr": 3e-4 * (4096 / config.dim) ** 0.75,
         "seq_len": min(512, config.max_seq_len),
         "dtype": "bf16" if args.device.startswith("cuda") else "fp32",
     }
-    if method.sampling:
-        share = math.ceil(method.active / 32 * config.n_layers)
-        defaults["active"] = min(max(MIN_ACTIVE if both else 1, share), config.n_layers)
-        defaults |= {"sampling": method.sampling, "interval": method.interval}
-    if lora:
-        defaults["lora_alpha"] = 2.0 * (args.rank or defaults["rank"])
-    for name, default in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args = argparse.Namespace(**vars(args) | defaults | given)
 
     plain = both and args.embeddings != "projected"
     require(args.rank or plain, "--rank 0 is owlore without projection; give another, or leave it out")
@@ -502,45 +498,37 @@ def claim(args: argparse.Namespace) -> IO[str]:
     for n in itertools.count(1):
         out = Path(args.out or f"runs/{Path(args.ckpt).name}" + f"-{n}" * (n > 1))
         begun = args.resume and (out / "args.json").exists()
-        try:
-            # A run that was killed before it began leaves no more than these.
-            if not begun and out.is_dir() and {p.name for p in out.iterdir()} - {".lock", "args.json.tmp"}:
-                raise FileExistsError(0, "holds files already, and only --resume goes on with a run")
+        problem = "holds files already, and only --resume goes on with a run"
+        # A run that was killed before it began leaves no more than these.
+        if begun or not out.is_dir() or {path.name for path in out.iterdir()} <= {".lock", "args.json.tmp"}:
             out.mkdir(parents=True, exist_ok=True)
             lock = open(out / ".lock", "w")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if args.out or not isinstance(error, FileExistsError | BlockingIOError):
-                problem = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror
-                raise InputError(f"--out {out}: {problem}; choose another folder") from None
-        else:
-            for half_written in out.glob("checkpoints/step-*.tmp"):
-                shutil.rmtree(half_written, ignore_errors=True)
-            return lock
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for half_written in out.glob("checkpoints/step-*.tmp"):
+                    shutil.rmtree(half_written, ignore_errors=True)
+                return lock
+            problem = "another run is writing there"
+        if args.out:
+            raise InputError(f"--out {out}: {problem}; choose another folder")
 
 
 @contextlib.contextmanager
-def run_folder(args: argparse.Namespace, lock: IO[str] | None = None) -> Iterator[Path]:
-    """Begin to write a run in its folder, claimed already if it is resumed: its settings come first."""
-    with open(os.devnull) if rank() else lock or claim(args) as lock:
-        if not rank():
-            args.out = str(Path(lock.name).parent)
-            write_json(Path(args.out) / "args.json", vars(args))
-        yield Path(gather(args.out)[0])
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write a file that takes its place once it is whole and on disk."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=1).encode())
-
-
-def open_metrics(out: Path, state: dict) -> IO[bytes]:
-    """metrics.jsonl to append to. What was logged after the checkpoint that a run goes on from is dropped."""
-    metrics = open(os.devnull if rank() else out / "metrics.jsonl", "ab", buffering=0)
-    if not rank():
-        metrics.truncate(min(metrics.tell(), state.get("logged", 0)))
-    return metrics
+def run_folder(args: argparse.Namespace, lock: IO[str] | None, state: dict) -> Iterator[tuple[Path, IO[bytes]]]:
+    """Begin to write a run in its folder, claimed already if it is resumed: its settings come first. Yields the folder,
+    and metrics.jsonl to append to, without what was logged after the checkpoint that the run goes on from."""
+    if rank():
+        yield Path(gather(None)[0]), open(os.devnull, "wb")
+        return
+    with lock or claim(args) as lock:
+        out = Path(lock.name).parent
+        args.out = str(out)
+        with atomic_write(out / "args.json") as file:
+            file.write(json.dumps(vars(args), indent=1).encode())
+        gather(args.out)
+        with open(out / "metrics.jsonl", "ab", buffering=0) as metrics:
+            metrics.truncate(min(metrics.tell(), state.get("logged", 0)))
+            yield out, metrics
 
 
 def log(metrics: IO[bytes], **row) -> None:
@@ -569,7 +557,9 @@ def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, sta
         copy_tokenizer(source, new / "model")
         with atomic_write(new / "state" / "state.pt") as file:
             torch.save(state, file)
-        write_json(new / CHECKSUMS, checksums(new))
+        sums = json.dumps(checksums(new), indent=1).encode()
+        with atomic_write(new / CHECKSUMS) as file:
+            file.write(sums)
         sync(new / "model", new / "state", new)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it was linked
         os.rename(new, folder)
@@ -617,12 +607,10 @@ def checksums(folder: Path) -> dict[str, int]:
 
 def damage(folder: Path) -> str | None:
     """The first file of a checkpoint that is not what was written; None if all are."""
-    if not any(folder.parent.glob(f"*/{CHECKSUMS}")):  # written before this project kept them
-        return None
     try:
-        there, written = checksums(folder), read_json(folder / CHECKSUMS)
-    except (OSError, InputError):
-        return CHECKSUMS
+        written, there = read_json(folder / CHECKSUMS), checksums(folder)
+    except (OSError, InputError):  # if no checkpoint has any, they were written before this project kept them
+        return CHECKSUMS if any(folder.parent.glob(f"*/{CHECKSUMS}")) else None
     return next((name for name in written if there.get(name) != written[name]), None)
 
 
@@ -630,15 +618,6 @@ def kept(out: Path) -> str:
     """What is saved of a run, in words."""
     latest = out / "latest"
     return f"{latest.resolve().name} is kept" if latest.exists() else "nothing had been saved before"
-
-
-def checkpoint_size(model: Transformer, args: argparse.Namespace) -> int:
-    """Bytes of a checkpoint: weights, and the optimizer's state of the layers that are trained at a time."""
-    size, share = 0, args.active / model.config.n_layers if args.sampling else 1.0
-    for name, p in model.named_parameters():
-        state = optimizer_size(p, how_trained(name, p, args), args.rank)
-        size += p.numel() * p.element_size() + state * (share if name.startswith("layers.") else 1)
-    return int(size)
 
 
 def require_room(model: Transformer, args: argparse.Namespace, steps: int) -> None:
@@ -670,9 +649,7 @@ def require_health(
     largest = [torch.linalg.vector_norm(w, torch.inf) for w in map(owlore.own, model.parameters()) if w.numel()]
     problem = "" if all(gather(all(norm <= most for norm in largest))) else "weights are too large"
     problem = problem or ("" if loss <= limit else f"the loss is {loss:.4g}")
-    problem = problem or (
-        bad and f"in the last {bad} steps loss or gradients were not finite, or the loss was far above"
-    )
+    problem = problem or bad and f"in {bad} steps in a row loss or gradients were not finite, or the loss was far above"
     if problem:
         raise InputError(f"diverged: {problem}; before training the loss was below {limit:.4g}; begin anew with a smaller "
                          f"--lr or --scale ({args.lr:.3g} and {args.scale:g} now); {kept(out)}")  # fmt: skip
@@ -681,9 +658,17 @@ def require_health(
 def load_state(out: Path) -> dict:
     """What the newest checkpoint that is as it was written holds besides weights, {} before the first; `latest` points to
     it then. Says which ones are damaged. Raises InputError if all are."""
-    folder = gather(None if rank() else newest_checkpoint(out))[0]
+    folders = sorted((out / "checkpoints").glob("step-*[0-9]"), reverse=True)
+    begun = bool(folders) or (out / "latest").is_symlink()
+    while not rank() and folders and (broken := damage(folders[0])):
+        print(f"{folders.pop(0) / broken}: damaged, or only half written: going on from the checkpoint before it")
+    folder = gather(folders[0] if folders else None)[0]
     if not folder:
+        if begun:
+            raise InputError(f"{out / 'checkpoints'}: every checkpoint is damaged or gone; choose another --out")
         return {}
+    if not rank():
+        link(out, folder)
     path = folder / "state" / "state.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -691,30 +676,18 @@ def load_state(out: Path) -> dict:
         raise InputError(f"{path}: damaged ({type(error).__name__}); the model beside it is still usable") from None
 
 
-def newest_checkpoint(out: Path) -> Path | None:
-    folders = sorted((out / "checkpoints").glob("step-*[0-9]"), reverse=True)
-    for folder in folders:
-        broken = damage(folder)
-        if not broken:
-            link(out, folder)
-            return folder
-        print(f"{folder / broken}: damaged, or only half written: going on from the checkpoint before it")
-    if folders or (out / "latest").is_symlink():
-        raise InputError(f"{out / 'checkpoints'}: every checkpoint is damaged or gone; choose another --out")
-    return None
-
-
-def require_same_run(state: dict, data: Dataset, steps: int, lr: float) -> None:
-    """Raise InputError for other data than a run was reading, or if `steps` are done already. Says what more of them
-    change."""
-    if state["data"] != zlib.crc32(data.ids):
-        raise InputError("--data: is not what this run was reading; put the old file back")
-    done, planned = state["step"], state.get("steps", steps)
+def planned_steps(data: Dataset, args: argparse.Namespace, state: dict) -> int:
+    """The steps of a run. Of one that is resumed it says what other ones than planned change, and raises InputError if so
+    many are done already."""
+    steps = args.steps or args.epochs * math.ceil(len(data.groups) / args.batch_size)
+    done, planned = state.get("step", 0), state.get("steps", steps)
     if steps != planned:
         if steps <= done:
             raise InputError(f"--steps, --epochs: {done} steps are done already; {steps} are no more than that")
+        now, before = (args.lr * (1 - done / n) for n in (steps, planned))
         print(f"{steps} steps instead of {planned}: from step {done} on the learning rate is that of a run of {steps}, "
-              f"{lr * (1 - done / steps):.3g} instead of {lr * (1 - done / planned):.3g}, and falls to zero at their end")  # fmt: skip
+              f"{now:.3g} instead of {before:.3g}, and falls to zero at their end")  # fmt: skip
+    return steps
 
 
 def training_state(model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> dict:
@@ -744,8 +717,9 @@ def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: 
 # Around the loop
 
 
-def load_inputs(args: argparse.Namespace, resumed: bool) -> tuple[Transformer, Dataset | None, Dataset]:
-    """The model, and what it is trained on (nothing with --eval-only) and validated on."""
+def load_inputs(args: argparse.Namespace, state: dict) -> tuple[Transformer, Dataset | None, Dataset]:
+    """The model, and what it is trained on (nothing with --eval-only) and validated on. Raises InputError if that is not
+    what a resumed run was reading."""
     if args.val_data:
         records, held_out = [] if args.eval_only else load_records(args.data), load_records(args.val_data)
     else:
@@ -753,13 +727,15 @@ def load_inputs(args: argparse.Namespace, resumed: bool) -> tuple[Transformer, D
     torch.manual_seed(args.seed)
     sharded, lora = args.offload or processes() > 1, args.method == "lora"
     # What lora saves is merged: it goes on from the weights it began with.
-    source = Path(args.out) / "model" if resumed and not lora else args.ckpt
+    source = Path(args.out) / "model" if state and not lora else args.ckpt
     model, tokenizer = load(source, args, partial(shard, args=args) if sharded else None)
     if lora and not sharded:
         add_lora(model, args.rank, args.lora_alpha)
     model.checkpoint_blocks = args.recompute
     validation = build_validation(held_out, tokenizer, args.seq_len)
     data = None if args.eval_only else build_dataset(records, tokenizer, args.seq_len)
+    if data and state and state["data"] != zlib.crc32(data.ids):
+        raise InputError("--data: is not what this run was reading; put the old file back")
     if args.pack and data:
         data.groups = data.packed(args.seq_len, args.seed)
     for name, dataset in ((args.data, data), (args.val_data or "held-out part", validation)):
@@ -779,13 +755,13 @@ def shard(model: Transformer, args: argparse.Namespace) -> str:
     policy = CPUOffloadPolicy(pin_memory=cuda) if args.offload else OffloadPolicy()
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, offload_policy=policy)
+
+    def let_go(*_: object) -> None:  # of embedding and head, which FSDP keeps whole for a backward pass
+        if not torch.is_grad_enabled():
+            model.reshard()
+
+    model.register_forward_hook(let_go)
     return "cpu" if args.offload else args.device
-
-
-def reshard(model: Transformer) -> None:
-    """Let go of embedding and head, which FSDP keeps whole after a forward pass, for the backward pass to come."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
 
 
 def join_processes(args: argparse.Namespace) -> None:
@@ -806,12 +782,10 @@ def join_processes(args: argparse.Namespace) -> None:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def processes() -> int:
-    """How many processes share the work."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -825,23 +799,22 @@ def gather(value: object) -> list:
 
 def layer_chart(columns: dict[str, Sequence[float]], width: int = 30) -> str:
     """A table with a row per layer: columns of numbers by heading, and a bar for the last of them, at most `width`."""
-    rows = [["layer", *columns]]
-    rows += [[str(n), *(f"{x:.4f}" for x in row)] for n, row in enumerate(zip(*columns.values()))]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows]
-    last = [float(x) for x in list(columns.values())[-1]]
-    bars = ["█" * round(width * x / (max(last) or 1)) for x in last]
-    return "\n".join([lines[0], *(f"{line}  {bar}".rstrip() for line, bar in zip(lines[1:], bars))])
+    *_, last = columns.values()
+    rows = [["layer", *columns, ""]]
+    for n, row in enumerate(zip(*columns.values())):
+        bar = "█" * round(width * float(row[-1]) / (float(max(last)) or 1))
+        rows.append([str(n), *(f"{x:.4f}" for x in row), bar])
+    widths = [max(map(len, column)) for column in zip(*rows)][:-1] + [0]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
 def progress(row: dict, n_layers: int) -> str:
     """A logged step in words, few enough for 80 columns."""
-    active = row["active"]
-    layers = "layers " + ",".join(map(str, active))
+    layers = "layers " + ",".join(map(str, row["active"]))
     if len(layers) > 24:
-        layers = "all layers" if len(active) == n_layers else f"{len(active)} of {n_layers} layers"
-    text = f"loss {row['loss']:.3f} lr {row['lr']:.1e} {row['tokens_per_second']:,.0f} tok/s {layers}"
-    return text + (f" {row['skipped']} skipped" if row["skipped"] else "")
+        layers = "all layers" if len(row["active"]) == n_layers else f"{len(row['active'])} of {n_layers} layers"
+    skipped = f" {row['skipped']} skipped" * (row["skipped"] > 0)
+    return f"loss {row['loss']:.3f} lr {row['lr']:.1e} {row['tokens_per_second']:,.0f} tok/s {layers}{skipped}"
 
 
 def in_words(size: float) -> str:
@@ -852,8 +825,7 @@ def in_words(size: float) -> str:
 def comment(loss: float, vocab_size: int, args: argparse.Namespace) -> None:
     """Say what a high loss before training comes from. Raises InputError if it is not finite."""
     if not math.isfinite(loss):
-        problem = f"the loss before training is {loss}: its weights are damaged, or not for {args.dtype}"
-        raise InputError(f"{args.ckpt}: {problem}")
+        raise InputError(f"{args.ckpt}: the loss before training is {loss}: damaged weights, or not for {args.dtype}")
     if loss > math.log(vocab_size):
         print(f"before training the loss, {loss:.1f}, is above that of a uniform guess, {math.log(vocab_size):.1f}: the model "
               "has not met this format yet (for plain text it would mean that the tokenizer is another model's)")  # fmt: skip
@@ -874,22 +846,17 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class Output:
+class Output(io.TextIOWrapper):
     """A stream whose reader may go away, as a closed terminal or a `tee` that Ctrl-C ends: a run goes on, or saves."""
 
-    def __init__(self, stream: IO[str]):
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
-            self.stream.write(text)
+            super().write(text)
+        return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):
-            self.stream.flush()
+            super().flush()
 
 
 @contextlib.contextmanager
@@ -904,14 +871,12 @@ def note_signals() -> Iterator[list[int]]:
         with contextlib.suppress(OSError):  # the terminal may be closed
             os.write(2, b"\nstopping after this step, to save; once more to stop at once\n")
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # as nohup has it
-    before = {number: signal.signal(number, on_signal) for number in numbers}
-    try:
+    hangs_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # as nohup has it
+    numbers = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * hangs_up
+    with contextlib.ExitStack() as stack:  # which restores the handlers there were
+        for number in numbers:
+            stack.callback(signal.signal, number, signal.signal(number, on_signal))
         yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def show_layers() -> None:
@@ -942,8 +907,7 @@ def main() -> None:
     parser = flag_parser()
 
     def error(message: str) -> None:
-        if rank():  # what all processes met the first one says, and torchrun ends the others meanwhile
-            time.sleep(2)
+        time.sleep(2 * (rank() > 0))  # what all have met the first one says, and torchrun ends the others meanwhile
         argparse.ArgumentParser.error(parser, message)
 
     parser.error = error
@@ -961,5 +925,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    sys.stdout = Output(sys.stdout.buffer, sys.stdout.encoding, sys.stdout.errors, line_buffering=True)
+    sys.stderr = Output(sys.stderr.buffer, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
     main()
