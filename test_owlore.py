@@ -2823,6 +2823,7 @@ LLAMA3_8B = dict(vocab_size=128256, n_kv_heads=8, hidden_dim=14336, rope_theta=5
         ({}, 80, "", (False, False, 16)),
         ({}, 24, "", (False, True, 16)),
         ({}, 17, "", (False, True, 2)),
+        ({}, 16.8, "--batch-size 11", (False, True, 1)),  # 11, 6, 3, 2, 1
         ({}, 12, "", (True, True, 16)),
         ({}, 80, "--offload --micro-batch-size 4", (True, False, 4)),
         (LLAMA3_8B, 24, "", (True, True, 16)),

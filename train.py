@@ -39,7 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from tqdm import tqdm
 
 import owlore
@@ -118,9 +118,8 @@ def run(args: argparse.Namespace) -> None:
             began = time.perf_counter()
             if sampler and step % args.interval == 0:
                 sampler.resample()
-            lr = args.lr * (1 - step / steps)  # linear to zero
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr = args.lr * (1 - step / steps)  # linear to zero
             batches, tokens = step_batches(data, args, step)
             loss, norm = training_step(model, optimizer, batches, args.max_grad_norm)
             step += 1
@@ -139,7 +138,8 @@ def run(args: argparse.Namespace) -> None:
                 after = evaluate(model, validation, args)
                 log(metrics, step=step, **after)
                 tqdm.write(f"step {step}: " + describe(after))
-            due, lost = step % args.save_every == 0 if args.save_every else late, bad >= min(BAD_STEPS, steps / 2)
+            due = step % args.save_every == 0 if args.save_every else late
+            lost = bad >= min(BAD_STEPS, steps / 2)
             if step == steps or stopping or lost or (due and not bad):
                 require_health(model, validation, limit, bad * lost, args, out)
                 now = {"step": step, "steps": steps, "skipped": skipped, "limit": limit, "before": before,
@@ -311,9 +311,12 @@ def score_layers(model: Transformer, data: Dataset, args: argparse.Namespace) ->
     """D_l, fp32 [L], on rows of the training data."""
     rows = tqdm(data.sample(CALIBRATION_ROWS, args.seed), "scoring outliers", leave=False, disable=None)
     try:
-        return outlier_distribution(model, model.layers, (row.to(args.device) for row in rows), args.threshold)
+        D = outlier_distribution(model, model.layers, (row.to(args.device) for row in rows), args.threshold)
     except ValueError as error:
         raise InputError(f"{args.ckpt}: {error}") from None
+    if isinstance(model, FSDPModule):
+        model.reshard()  # embedding and head, which FSDP keeps whole after a forward pass, for the backward pass to come
+    return D
 
 
 # Evaluation
@@ -356,6 +359,8 @@ def row_losses(model: Transformer, examples: list[list[np.ndarray]], args: argpa
         for n in group:
             common = next(sums)
             results[n] = [common + next(sums) for _ in examples[n]]
+    if isinstance(model, FSDPModule):
+        model.reshard()  # as in score_layers
     results = {n: result for part in gather(results) for n, result in part.items()}
     return [results[n] for n in range(len(examples))]
 
@@ -446,10 +451,10 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
         if not condition:
             raise InputError(message)
 
-    if not args.resume:
-        for name in () if method.sampling else ("sampling", "active", "interval"):
-            require(getattr(args, name) is None, f"--{name}: {args.method} trains all layers, unlike owlore and lisa")
-        require(args.lora_alpha is None or lora, "--lora-alpha: only --method lora has a use for it; leave it out")
+    unused = ["sampling", "active", "interval"] * (not method.sampling) + ["lora_alpha"] * (not lora)
+    for name in unused if not args.resume else ():
+        flag = f"--{name.replace('_', '-')}"
+        require(getattr(args, name) is None, f"{flag}: --method {args.method} has no use for it; leave it out")
     if Path(args.ckpt) == TINY and args.data is None:
         args.data, args.val_data = str(TINY / "train.json"), args.val_data or str(TINY / "val.json")
     require(args.data or args.val_data or not args.eval_only, "--val-data: give the file to evaluate on")
@@ -755,12 +760,6 @@ def shard(model: Transformer, args: argparse.Namespace) -> str:
     policy = CPUOffloadPolicy(pin_memory=cuda) if args.offload else OffloadPolicy()
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, offload_policy=policy)
-
-    def let_go(*_: object) -> None:  # of embedding and head, which FSDP keeps whole for a backward pass
-        if not torch.is_grad_enabled():
-            model.reshard()
-
-    model.register_forward_hook(let_go)
     return "cpu" if args.offload else args.device
 
 
@@ -769,11 +768,12 @@ def join_processes(args: argparse.Namespace) -> None:
     launched, cuda = dist.is_torchelastic_launched(), args.device.startswith("cuda")
     if dist.is_initialized() or not (launched or args.offload):
         return
-    require_device(args.device)
     if launched and args.device not in ("cuda", "cpu"):
         raise InputError(f"--device {args.device}: each process takes a card of its own; leave the number out")
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if launched and cuda else args.device
+    require_device(device)
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.device(args.device).index or 0)))
+        torch.cuda.set_device(torch.device(device).index or 0)
     alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     if rank():
@@ -797,12 +797,12 @@ def gather(value: object) -> list:
     return values
 
 
-def layer_chart(columns: dict[str, Sequence[float]], width: int = 30) -> str:
-    """A table with a row per layer: columns of numbers by heading, and a bar for the last of them, at most `width`."""
+def layer_chart(columns: dict[str, Sequence[float]]) -> str:
+    """A table with a row per layer: columns of numbers by heading, and a bar for the last of them."""
     *_, last = columns.values()
     rows = [["layer", *columns, ""]]
     for n, row in enumerate(zip(*columns.values())):
-        bar = "█" * round(width * float(row[-1]) / (float(max(last)) or 1))
+        bar = "█" * round(30 * float(row[-1]) / (float(max(last)) or 1))
         rows.append([str(n), *(f"{x:.4f}" for x in row), bar])
     widths = [max(map(len, column)) for column in zip(*rows)][:-1] + [0]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
