@@ -2586,10 +2586,11 @@ def test_a_run_of_before_a_flag_was_added_has_its_default(method, base, tmp_path
 def test_two_runs_that_begin_at_once_get_two_folders(checkpoint, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     args = [train.argparse.Namespace(ckpt=str(checkpoint), out=None, resume=False) for _ in range(3)]
-    with train.run_folder(args[0]) as first, train.run_folder(args[1]) as second:
+    with train.run_folder(args[0], None, {}) as (first, _), train.run_folder(args[1], None, {}) as (second, _):
         assert (str(first), str(second)) == ("runs/ckpt", "runs/ckpt-2") == (args[0].out, args[1].out)
-    (second / "args.json").unlink()  # killed before it began
-    with train.run_folder(args[2]) as third:
+    for name in ("args.json", "metrics.jsonl"):  # killed before it began
+        (second / name).unlink()
+    with train.run_folder(args[2], None, {}) as (third, _):
         assert third == second
 
 
@@ -2822,6 +2823,7 @@ LLAMA3_8B = dict(vocab_size=128256, n_kv_heads=8, hidden_dim=14336, rope_theta=5
         ({}, 80, "", (False, False, 16)),
         ({}, 24, "", (False, True, 16)),
         ({}, 17, "", (False, True, 2)),
+        ({}, 16.8, "--batch-size 11", (False, True, 1)),  # 11, 6, 3, 2, 1
         ({}, 12, "", (True, True, 16)),
         ({}, 80, "--offload --micro-batch-size 4", (True, False, 4)),
         (LLAMA3_8B, 24, "", (True, True, 16)),
@@ -2908,7 +2910,7 @@ def test_what_a_killed_save_left_does_not_count_as_a_checkpoint(checkpoint, tmp_
     for name in ("step-0000010.tmp", "step-0000025"):  # half written; whole, but never linked
         (out / "checkpoints" / name / "state").mkdir(parents=True)
     for step in (10, 20, 23):
-        train.save_checkpoint(out, settings_of("--keep", 1), model, checkpoint, {"step": step})
+        train.save_checkpoint(out, settings_of("--keep", 1, "--ckpt", checkpoint), model, {"step": step})
         assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{step:07}"]
         assert train.load_state(out)["step"] == step
     shutil.rmtree(out / "checkpoints")
@@ -2919,7 +2921,8 @@ def test_what_a_killed_save_left_does_not_count_as_a_checkpoint(checkpoint, tmp_
 def test_two_runs_do_not_share_a_folder(base, tmp_path):
     out = tmp_path / "run"
     train_run(f"{base} --steps 2 --out {out}")
-    with train.run_folder(train.argparse.Namespace(**json.loads((out / "args.json").read_text()) | {"resume": True})):
+    args = train.argparse.Namespace(**json.loads((out / "args.json").read_text()) | {"resume": True})
+    with train.claim(args):
         code, output = start_cli(f"--resume --out {out}")
         assert code == 2 and "another run" in output
 

@@ -21,6 +21,7 @@ if __name__ == "__main__":  # already here, as importing torch takes its seconds
 import argparse
 import contextlib
 import fcntl
+import io
 import itertools
 import json
 import math
@@ -53,6 +54,8 @@ HELD_OUT, HELD_OUT_RECORDS = 0.05, 500  # the share of --data, and at most so ma
 BAD_STEPS = 10  # in a row, or half of a run, end it: those whose loss or gradients are not finite, or `far_above`
 HEALTH_ROWS = 32  # of validation data: enough to tell a model that still works from one that does not
 SAVE_SECONDS, SAVE_SHARE = 15 * 60, 0.05  # the least time between two checkpoints; the most of a run that they may take
+# What a resumed run may have otherwise, as it is not part of what is trained; of the data its checksum tells
+MAY_CHANGE = "resume out steps epochs save_every keep eval_every micro_batch_size offload device data val_data".split()
 # The least that owlore trains: with the paper's shares of a 7B, small models do worse than by any other method (README)
 MIN_ACTIVE, MIN_RANK = 4, 32
 
@@ -63,7 +66,7 @@ class Method(NamedTuple):
     sampling: str | None  # how layers are drawn; None: all are trained
     projection: bool
     active: int = 32
-    interval: int = 50
+    interval: int | None = None
 
 
 METHODS = {
@@ -77,19 +80,15 @@ METHODS = {
 
 def run(args: argparse.Namespace) -> None:
     """Load, score, sample, train, evaluate, save, report."""
-    if dist.is_torchelastic_launched():
-        join_processes(args)
+    join_processes(args)
     settings, args = args, fit(args)  # what is saved, and what holds on this machine
-    if args.offload and not dist.is_initialized():
-        join_processes(args)
-    claimed = claim(args) if args.resume and not rank() else None  # before anything in it is read
-    state = load_state(Path(args.out)) if args.resume else None
-    # What lora saves is merged: it goes on from the weights it began with.
-    source = Path(args.out) / "model" if state and args.method != "lora" else Path(args.ckpt)
-    model, data, validation = load_inputs(source, args)
+    join_processes(args)  # if --offload has just been decided
+    lock = claim(args) if args.resume and not rank() else None  # before anything in the folder is read
+    state = load_state(Path(args.out)) if args.resume else {}
+    model, data, validation = load_inputs(args, state)
     if args.eval_only:
         return print(f"{args.ckpt} on {args.val_data or args.data}: {describe(evaluate(model, validation, args))}")
-    steps = args.steps or args.epochs * math.ceil(len(data.groups) / args.batch_size)
+    steps = planned_steps(data, args, state)
     require_room(model, args, steps)
     sampler = outliers = None
     if args.sampling:
@@ -99,66 +98,60 @@ def run(args: argparse.Namespace) -> None:
         print(layer_chart({"outliers %": 100 * outliers, "p": p}))
     optimizer = build_optimizer(model, args)  # 3. project
     if state:
-        require_same_run(state, data, steps, args.lr)
         restore(state, model, optimizer, sampler)
-    step, skipped = (state["step"], state["skipped"]) if state else (0, 0)
-    before, after, limit = (state and state.get(key) for key in ("before", "after", "limit"))
-    rows = f"{len(data.rows)} " + (f"records in {len(data.groups)} rows" if args.pack else "rows")
-    on = f"{args.device}, {args.dtype}" + f", {processes()} processes" * (processes() > 1)
-    print(f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {on}")
+    rows = f"{len(data.rows)} records in " * args.pack + f"{len(data.groups)} rows"
+    shared = f", {processes()} processes" * (processes() > 1)
+    print(f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {args.device}, {args.dtype}{shared}")
 
+    step, skipped, bad = state.get("step", 0), state.get("skipped", 0), 0
+    before, after, limit = map(state.get, ("before", "after", "limit"))
     if not state:
-        before = after = evaluate(model, validation, args)  # after: the latest, which a stopped run prints
+        before = after = evaluate(model, validation, args)  # after: the latest
         comment(before["val_loss"], model.config.vocab_size, args)
-    with run_folder(settings, claimed) as out, open_metrics(out, state) as metrics, note_signals() as signals:
+    with run_folder(settings, lock, state) as (out, metrics), note_signals() as signals:
         if not state:
             log(metrics, step=0, **before)
         text = "{desc} {bar} {n_fmt}/{total_fmt} {remaining}"  # what stands last is cut off on a narrow screen
         bar = tqdm(total=steps, initial=step, bar_format=text, dynamic_ncols=True)
-        bad, saved, pause, stopping = 0, time.monotonic(), SAVE_SECONDS, False
+        stopping, save_at = False, time.perf_counter() + SAVE_SECONDS
         while step < steps and not stopping:
             began = time.perf_counter()
             if sampler and step % args.interval == 0:
                 sampler.resample()
-            lr = args.lr * (1 - step / steps)  # linear to zero
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr = args.lr * (1 - step / steps)  # linear to zero
             batches, tokens = step_batches(data, args, step)
             loss, norm = training_step(model, optimizer, batches, args.max_grad_norm)
             step += 1
             limit = limit or far_above(max(before["val_loss"], loss), model.config.vocab_size)
-            finite = math.isfinite(loss + norm)
+            finite, seconds = math.isfinite(loss + norm), time.perf_counter() - began
             skipped += not finite
             bad = 0 if finite and loss <= limit else bad + 1
-            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped,
+            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped, "seconds": seconds,
                    "active": sampler.drawn if sampler else list(range(len(model.layers))),
-                   "seconds": time.perf_counter() - began, "memory": peak_memory(args.device)}  # fmt: skip
-            row["tokens_per_second"] = tokens / row["seconds"]
+                   "memory": peak_memory(args.device), "tokens_per_second": tokens / seconds}  # fmt: skip
             log(metrics, **row)
             bar.set_description_str(progress(row, len(model.layers)), refresh=False)
             bar.update()
-            late = not args.save_every and time.monotonic() > saved + pause
-            stopping, late = (any(flags) for flags in zip(*gather((signals, late))))
+            stopping, late = map(any, zip(*gather((signals, time.perf_counter() > save_at))))
             if step == steps or (not stopping and step % (args.eval_every or math.ceil(steps / 4)) == 0):
                 after = evaluate(model, validation, args)
                 log(metrics, step=step, **after)
                 tqdm.write(f"step {step}: " + describe(after))
-            due = late or args.save_every and step % args.save_every == 0
+            due = step % args.save_every == 0 if args.save_every else late
             lost = bad >= min(BAD_STEPS, steps / 2)
             if step == steps or stopping or lost or (due and not bad):
                 require_health(model, validation, limit, bad * lost, args, out)
                 now = {"step": step, "steps": steps, "skipped": skipped, "limit": limit, "before": before,
                        "after": after, "outliers": outliers, "data": zlib.crc32(data.ids), "logged": metrics.tell(),
-                       "adapters": adapters(model), "optimizer": optimizer_state(optimizer),
-                       "sampler": sampler and sampler.state_dict()}  # fmt: skip
-                began = time.monotonic()
-                save_checkpoint(out, args, model, source, now)
-                saved = time.monotonic()
-                pause = max(SAVE_SECONDS, (saved - began) / SAVE_SHARE)
+                       **training_state(model, optimizer, sampler)}  # fmt: skip
+                began = time.perf_counter()
+                save_checkpoint(out, args, model, now)
+                save_at = time.perf_counter() + max(SAVE_SECONDS, (time.perf_counter() - began) / SAVE_SHARE)
         bar.close()
-        if step < steps:
-            print(f"stopped at step {step} of {steps}; to go on: python train.py --resume --out {out}")
-            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    if step < steps:
+        print(f"stopped at step {step} of {steps}; to go on: python train.py --resume --out {out}")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
     print(f"\nbefore: {describe(before)}\nafter:  {describe(after)}\nsaved:  {out / 'model'}")
 
 
@@ -206,10 +199,8 @@ def step_batches(data: Dataset, args: argparse.Namespace, step: int) -> tuple[li
 
 def how_trained(name: str, parameter: Tensor, args: argparse.Namespace) -> str:
     """How a parameter is trained while its layer is active: "projected", "plain" or "frozen"."""
-    if not name.startswith("layers."):
-        if parameter.dim() == 2:  # embedding and head
-            return {"full": "plain"}.get(args.embeddings, args.embeddings)
-        return "frozen" if args.method == "lora" else "plain"
+    if parameter.dim() == 2 and not name.startswith("layers."):  # embedding and head
+        return {"full": "plain"}.get(args.embeddings, args.embeddings)
     if args.method == "lora":
         return "plain" if name.endswith((".A", ".B")) else "frozen"
     return "projected" if METHODS[args.method].projection and args.rank and parameter.dim() == 2 else "plain"
@@ -217,54 +208,61 @@ def how_trained(name: str, parameter: Tensor, args: argparse.Namespace) -> str:
 
 def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAdam:
     """One group of projected parameters, one of plain ones; the others are frozen."""
-    groups = {"plain": {"params": []}, "frozen": {"params": []}}
-    groups["projected"] = {"params": [], "rank": args.rank, "update_gap": args.update_gap, "scale": args.scale}
+    projected = {"rank": args.rank, "update_gap": args.update_gap, "scale": args.scale}
+    groups = {"plain": {}, "frozen": {}, "projected": projected}
     for name, parameter in model.named_parameters():
         kind = how_trained(name, parameter, args)
         parameter.requires_grad_(kind != "frozen")
-        groups[kind]["params"].append(parameter)
-    used = [group for kind, group in groups.items() if group["params"] and kind != "frozen"]
+        groups[kind].setdefault("params", []).append(parameter)
+    used = [group for kind, group in groups.items() if kind != "frozen" and "params" in group]
     optimizer = ProjectedAdam(used, args.lr, weight_decay=args.weight_decay, svd=args.svd, in_backward=True)
     owlore.take_factors(model, optimizer)
     return optimizer
 
 
-def optimizer_size(p: Tensor, kind: str, rank: int) -> int:
-    """Bytes of the optimizer's state of a parameter: two moments, of R if it is projected, and then the basis."""
-    if kind == "projected":
-        return 4 * min(rank, *p.shape) * (2 * max(p.shape) + min(p.shape))
-    return 8 * p.numel() if kind == "plain" else 0
+def parameter_sizes(model: Transformer, args: argparse.Namespace) -> Iterator[tuple[str, bool, int, float, float]]:
+    """Of each parameter how it is trained, whether it is a block's, and the bytes of its weight, of its gradient and of
+    the optimizer's state; of layers that take turns the mean. The model may be without memory ("meta")."""
+    for name, p in model.named_parameters():
+        kind, inside, weight = how_trained(name, p, args), name.startswith("layers."), p.numel() * p.element_size()
+        gradient, state = (weight, 8 * p.numel()) if kind == "plain" else (0, 0)
+        if kind == "projected":  # R; its two moments and the basis
+            R, basis = (4 * min(args.rank, *p.shape) * side for side in (max(p.shape), min(p.shape)))
+            gradient, state = R, 2 * R + basis
+        share = args.active / model.config.n_layers if args.sampling and inside else 1
+        yield kind, inside, weight, gradient * share, state * share
+
+
+def checkpoint_size(model: Transformer, args: argparse.Namespace) -> float:
+    """Bytes of a checkpoint: weights, and the optimizer's state."""
+    return sum(weight + state for _, _, weight, _, state in parameter_sizes(model, args))
 
 
 def step_memory(model: Transformer, args: argparse.Namespace) -> int:
     """Bytes of a training step on its device at its peak. On one card without --offload it is within 3 % of what
-    bench/memory.py counts, tensor by tensor, at 7B. The model may be without memory ("meta")."""
+    bench/memory.py counts, tensor by tensor, at 7B."""
     c, size, tokens = model.config, model.output.weight.element_size(), args.micro_batch_size * args.seq_len
-    share = args.active / c.n_layers if args.sampling else 1.0  # of the layers, that is trained
     sharded, parts = args.offload or processes() > 1, math.inf if args.offload else processes()
     held, ends, blocks, whole = 0, 0, 0, 0  # weights with their state; gradients of embedding and head; of blocks
-    for name, p in model.named_parameters():
-        kind, inside, weight = how_trained(name, p, args), name.startswith("layers."), size * p.numel()
-        gradient, state = 0, optimizer_size(p, kind, args.rank)
-        if kind == "plain":
-            gradient, state = weight / (parts if inside and sharded else 1), state / parts
-        elif kind == "projected":
-            gradient = 4 * min(args.rank, *p.shape) * max(p.shape)  # R
+    for kind, inside, weight, gradient, state in parameter_sizes(model, args):
+        if kind == "projected":
             whole = max(whole, weight)  # one gradient is, at a time
-        held += weight / parts + state * (share if inside else 1)
+        else:
+            gradient, state = gradient / (parts if inside and sharded else 1), state / parts
+        held += weight / parts + state
         if sharded:
             # Embedding and head are whole throughout. A block is while it is used, and the next on its way, and a copy;
             # and so is its gradient, with a copy to be reduced.
             held += (5 if kind == "plain" else 3) * weight / c.n_layers if inside else weight
-        blocks, ends = blocks + gradient * share * inside, ends + gradient * (not inside)
+        blocks, ends = blocks + gradient * inside, ends + gradient * (not inside)
     # What a block keeps of each token: its two inputs, queries, keys, values and what attention makes of them, gate and
     # up; if it is trained also the inputs of its linears and of the norms' weights
     frozen = 2 * c.dim + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * c.hidden_dim
     trained = frozen + (2 if args.method == "lora" else 4) * c.dim + c.hidden_dim
+    share = args.active / c.n_layers if args.sampling else 1  # of the layers, that is trained
+    kept, working = c.n_layers * (share * trained + (1 - share) * frozen), 2 * c.hidden_dim
     if args.recompute:  # its first input, and all the rest only while its backward pass runs
         kept, working = c.n_layers * c.dim, trained + 2 * c.hidden_dim * (args.method == "lora")
-    else:
-        kept, working = c.n_layers * (share * trained + (1 - share) * frozen), 2 * c.hidden_dim
     kept, working, output = (n * tokens * size for n in (kept, working, c.dim))
     more = args.micro_batch_size * processes() < args.batch_size  # micro-batches: the gradients before are there
     head = ends if more else ends / 2  # the embedding's comes last
@@ -280,47 +278,45 @@ def fit(args: argparse.Namespace) -> argparse.Namespace:
     """The settings with what the device has room for: in this order activations are kept or recomputed, fewer rows are
     computed at once, and weights stay in host memory. None of it changes what is trained. Raises InputError if nothing
     fits, or if there are more processes than rows in a step."""
-    rows = math.ceil(args.batch_size / processes())
     if processes() > args.batch_size and not args.eval_only:
         raise InputError(f"--batch-size {args.batch_size}: fewer rows than the {processes()} processes; start fewer")
-    fitted = argparse.Namespace(**vars(args) | {"recompute": False, "micro_batch_size": args.micro_batch_size or rows})
     require_device(args.device)
+    rows = math.ceil(args.batch_size / processes())
+    sizes = [args.micro_batch_size or math.ceil(rows / 2**n) for n in range(rows.bit_length() + 1)]
+    fitted = argparse.Namespace(**vars(args) | {"recompute": False, "micro_batch_size": sizes[0]})
     if not args.device.startswith("cuda"):
         return fitted
     with torch.device("meta"):
         model = Transformer(read_config(args)).to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
         if args.method == "lora":
             add_lora(model, args.rank, args.lora_alpha)
-    fewer = [] if args.micro_batch_size else [math.ceil(rows / 2**n) for n in range(1, rows.bit_length())]
-    ways = [(False, fitted.micro_batch_size), *((True, n) for n in dict.fromkeys([fitted.micro_batch_size, *fewer]))]
     room = torch.cuda.mem_get_info(args.device)[0]
     if args.eval_only:
-        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / processes()
+        weights = sum(p.nbytes for p in model.parameters()) / processes()
         fitted.offload = args.offload or any(gather(weights > 0.8 * room))
         return fitted
-    for offload in dict.fromkeys((args.offload, True)):
-        for recompute, at_once in ways:
-            fitted.offload, fitted.recompute, fitted.micro_batch_size = offload, recompute, at_once
-            needed = 1.05 * step_memory(model, fitted)  # the allocator cannot use all there is
-            if min(gather(room > needed)):
-                print(f"a step takes {in_words(needed)} of {in_words(room)}: activations "
-                      f"{'recomputed' if recompute else 'kept'}, {at_once} of {rows} rows at once, weights "
-                      f"{'in host memory' if offload else 'on the device'}")  # fmt: skip
-                return fitted
-    raise InputError(f"out of memory: a step takes {in_words(needed)}, of which {in_words(room)} are free, even with "
-                     "weights in host memory; --embeddings projected or frozen, a smaller --active, --rank or --seq-len "
-                     "need less")  # fmt: skip
+    ways = [(False, sizes[0]), *((True, size) for size in dict.fromkeys(sizes))]
+    for offload, (recompute, at_once) in itertools.product(dict.fromkeys((args.offload, True)), ways):
+        fitted.offload, fitted.recompute, fitted.micro_batch_size = offload, recompute, at_once
+        needed = 1.05 * step_memory(model, fitted)  # the allocator cannot use all there is
+        if min(gather(room > needed)):
+            print(f"a step takes {in_words(needed)} of {in_words(room)}: {at_once} of {rows} rows at once, activations "
+                  f"{'recomputed' if recompute else 'kept'}, weights {'in host memory' if offload else 'on the device'}")  # fmt: skip
+            return fitted
+    raise InputError(f"out of memory: a step takes {in_words(needed)} of {in_words(room)}, even with weights in host memory; "
+                     "--embeddings projected or frozen, a smaller --active, --rank or --seq-len need less")  # fmt: skip
 
 
 def score_layers(model: Transformer, data: Dataset, args: argparse.Namespace) -> Tensor:
     """D_l, fp32 [L], on rows of the training data."""
     rows = tqdm(data.sample(CALIBRATION_ROWS, args.seed), "scoring outliers", leave=False, disable=None)
     try:
-        return outlier_distribution(model, model.layers, (row.to(args.device) for row in rows), args.threshold)
+        D = outlier_distribution(model, model.layers, (row.to(args.device) for row in rows), args.threshold)
     except ValueError as error:
         raise InputError(f"{args.ckpt}: {error}") from None
-    finally:
-        reshard(model)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # embedding and head, which FSDP keeps whole after a forward pass, for the backward pass to come
+    return D
 
 
 # Evaluation
@@ -331,40 +327,42 @@ def evaluate(model: Transformer, validation: Dataset, args: argparse.Namespace) 
     completion is the likeliest, `val_accuracy`, and by its log-likelihood per character, `val_accuracy_norm` (lm-eval's
     acc and acc_norm)."""
     model.eval()
-    losses, counts = row_losses(model, validation.examples, args)
-    result = {"val_loss": sum(loss[0] for loss in losses) / max(sum(count[0] for count in counts), 1)}
+    examples = row_losses(model, validation.examples, args)
+    loss, count = sum(rows[0] for rows in examples)
+    result = {"val_loss": loss / max(count, 1)}
     if records := validation.records:
         right = np.zeros(2)
-        for record, (_, *loss) in zip(records, (loss for loss in losses if len(loss) > 1)):
-            lengths = [len(choice) for choice in record.choices]
-            right += [np.argmin(x) == record.answer for x in (loss, np.divide(loss, lengths))]
+        for record, rows in zip(records, (rows[1:] for rows in examples if len(rows) > 1)):
+            losses, lengths = [loss for loss, _ in rows], [len(choice) for choice in record.choices]
+            right += [np.argmin(x) == record.answer for x in (losses, np.divide(losses, lengths))]
         result["val_accuracy"], result["val_accuracy_norm"] = right / len(records)
     model.train()
     return {name: float(value) for name, value in result.items()}
 
 
 @torch.no_grad()
-def row_losses(model: Transformer, examples: list[list[np.ndarray]], args: argparse.Namespace) -> tuple[list, list]:
-    """The summed loss of each row of each example, in nats, and the number of its targets. What the rows of an example
-    have in common at the beginning is computed once."""
+def row_losses(model: Transformer, examples: list[list[np.ndarray]], args: argparse.Namespace) -> list:
+    """The summed loss of each row of each example, in nats, and the number of its targets, [2]. What the rows of an
+    example have in common at the beginning is computed once."""
     sizes = [sum(map(len, rows)) - (len(rows) - 1) * common_beginning(rows) for rows in examples]
     groups, most = [[]], args.micro_batch_size * args.seq_len  # tokens at once: no more than training has
     for n in np.argsort(sizes, kind="stable"):  # by length, so that attention pads little
         if groups[-1] and (len(groups[-1]) + 1) * sizes[n] > most:
             groups.append([])
         groups[-1].append(n)
-    here, results = groups[rank() :: processes()], {}
-    for n in tqdm(range(math.ceil(len(groups) / processes())), "evaluating", leave=False, disable=None):
-        group = here[n] if n < len(here) else groups[0]  # who has none left takes part all the same
+    groups += groups[:1] * (-len(groups) % processes())  # as many for each: all take part in all forward passes
+    results = {}
+    for group in tqdm(groups[rank() :: processes()], "evaluating", leave=False, disable=None):
         tokens, targets, layout, parts = lay_out([examples[n] for n in group])
         loss = model(tokens.to(args.device), targets.to(args.device), layout.to(args.device), reduction="none")  # [K]
-        sums = iter([(part.sum().item(), len(part)) for part in loss.cpu().double().split(parts)])
+        sums = iter([np.array([part.sum(), len(part)]) for part in loss.cpu().double().split(parts)])
         for n in group:
-            common = np.array(next(sums))
-            results[n] = [common + next(sums) for _ in examples[n]]  # [loss, count] of each row
-    reshard(model)
+            common = next(sums)
+            results[n] = [common + next(sums) for _ in examples[n]]
+    if isinstance(model, FSDPModule):
+        model.reshard()  # as in score_layers
     results = {n: result for part in gather(results) for n, result in part.items()}
-    return tuple([[row[i] for row in results[n]] for n in range(len(examples))] for i in (0, 1))
+    return [results[n] for n in range(len(examples))]
 
 
 # Settings: decided once, from what was typed, the model's config and the device
@@ -418,29 +416,23 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
     begun with. Raises InputError if they disagree."""
     args = parser.parse_args()
     file = Path(args.out or "") / "args.json"
-    if not args.resume or (args.out and args.data and not file.exists()):  # or resumed before it had begun
-        return decide_settings(args, read_checkpoint(args.ckpt)[0])
-    if not args.out or not file.exists():
+    if args.resume and args.out and file.exists():
+        saved = read_json(file)
+        unknown = saved.keys() - vars(args).keys()
+        if unknown or not saved.keys() > {"ckpt", "data", "lr"}:
+            problem = f"has unknown settings, {', '.join(sorted(unknown))}" if unknown else "damaged"
+            raise InputError(f"{file}: {problem}; the checkpoints beside it are still usable")
+        begun_with = argparse.Namespace(**saved | {"resume": True, "out": args.out})
+        args = parser.parse_args(namespace=begun_with)  # which flags that are given override
+        for name in saved.keys() - MAY_CHANGE - {"ckpt" if args.method != "lora" else ""}:  # lora goes on from --ckpt
+            if getattr(args, name) != saved[name]:
+                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise InputError(f"{flag}: the run in {args.out} has {saved[name]}; leave the flag out")
+        if args.epochs != saved.get("epochs") and args.steps == saved.get("steps"):
+            args.steps = None  # which it was begun with
+    elif args.resume and not (args.out and args.data):  # with both it is one that was killed before it had begun
         raise InputError(f"--resume: no run to continue in --out {args.out}; name its folder")
-    saved = read_json(file)
-    if not saved.keys() > {"ckpt", "data", "lr"}:
-        raise InputError(f"{file}: damaged; the checkpoints beside it are still usable")
-    if unknown := saved.keys() - vars(args).keys():
-        raise InputError(f"{file}: has settings that this version does not know: {', '.join(sorted(unknown))}")
-    parser.set_defaults(**saved | {"resume": True, "out": args.out})
-    args = parser.parse_args()
-    # What is not part of what is trained may differ; of the data its checksum tells, and lora goes on from --ckpt.
-    free = set(
-        "resume out steps epochs save_every keep eval_every micro_batch_size offload device data val_data".split()
-    )
-    free |= {"ckpt"} if args.method != "lora" else set()
-    for name in saved.keys() - free:
-        if getattr(args, name) != saved[name]:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise InputError(f"{flag}: the run in {args.out} has {saved[name]}; leave the flag out")
-    if args.epochs != saved.get("epochs") and args.steps == saved.get("steps"):
-        args.steps = None  # which it was begun with
-    return decide_settings(args, read_config(args))  # of flags that are younger than the run
+    return decide_settings(args, read_config(args))  # also of flags that are younger than the run
 
 
 def read_config(args: argparse.Namespace) -> ModelConfig:
@@ -453,16 +445,16 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     """Give each flag that was left out its value; those that follow the model's size are the published ones at 7B.
     Raises InputError for flags that do not go together or that the model cannot follow."""
     method, lora = METHODS[args.method], args.method == "lora"
+    both = method.sampling and method.projection
 
     def require(condition: object, message: str) -> None:
         if not condition:
             raise InputError(message)
 
-    if not args.resume:
-        for name in () if method.sampling else ("sampling", "active", "interval"):
-            message = f"--{name}: --method {args.method} trains all layers; leave it out, or use owlore or lisa"
-            require(getattr(args, name) is None, message)
-        require(args.lora_alpha is None or lora, "--lora-alpha: only --method lora has a use for it; leave it out")
+    unused = ["sampling", "active", "interval"] * (not method.sampling) + ["lora_alpha"] * (not lora)
+    for name in unused if not args.resume else ():
+        flag = f"--{name.replace('_', '-')}"
+        require(getattr(args, name) is None, f"{flag}: --method {args.method} has no use for it; leave it out")
     if Path(args.ckpt) == TINY and args.data is None:
         args.data, args.val_data = str(TINY / "train.json"), args.val_data or str(TINY / "val.json")
     require(args.data or args.val_data or not args.eval_only, "--val-data: give the file to evaluate on")
@@ -470,24 +462,22 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     at_once = args.micro_batch_size or 1
     require(at_once <= args.batch_size, f"--micro-batch-size {at_once}: there are {args.batch_size} rows in a step")
 
-    both = method.projection and method.sampling
+    share = math.ceil(method.active / 32 * config.n_layers)
+    rank = max(8, config.dim // 128) if lora else max(MIN_RANK, config.dim // 16)
     defaults = {
-        "rank": max(8, config.dim // 128) if lora else max(MIN_RANK, config.dim // 16),
+        "sampling": method.sampling,
+        "active": method.sampling and min(max(MIN_ACTIVE if both else 1, share), config.n_layers),
+        "interval": method.interval,
+        "rank": rank,
+        "lora_alpha": 2.0 * (args.rank or rank) if lora else None,
         "threshold": owlore.default_threshold(config.dim),
         "embeddings": "frozen" if lora else "full",
         "lr": 3e-4 * (4096 / config.dim) ** 0.75,
         "seq_len": min(512, config.max_seq_len),
         "dtype": "bf16" if args.device.startswith("cuda") else "fp32",
     }
-    if method.sampling:
-        share = math.ceil(method.active / 32 * config.n_layers)
-        defaults["active"] = min(max(MIN_ACTIVE if both else 1, share), config.n_layers)
-        defaults |= {"sampling": method.sampling, "interval": method.interval}
-    if lora:
-        defaults["lora_alpha"] = 2.0 * (args.rank or defaults["rank"])
-    for name, default in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args = argparse.Namespace(**vars(args) | defaults | given)
 
     plain = both and args.embeddings != "projected"
     require(args.rank or plain, "--rank 0 is owlore without projection; give another, or leave it out")
@@ -506,52 +496,44 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
 #     latest                    a link to the newest of them; model and state are links into it
 
 
-def claim(args: argparse.Namespace) -> tuple[Path, IO[str]]:
-    """The folder of a run, --out or the first that is free of runs/NAME, runs/NAME-2, ..., and a file that holds it for
+def claim(args: argparse.Namespace) -> IO[str]:
+    """A file in the folder of a run, --out or the first that is free of runs/NAME, runs/NAME-2, ..., that holds it for
     this process while it is open. Raises InputError if --out cannot be made, holds something else, or another run is
     writing there."""
     for n in itertools.count(1):
         out = Path(args.out or f"runs/{Path(args.ckpt).name}" + f"-{n}" * (n > 1))
         begun = args.resume and (out / "args.json").exists()
-        try:
-            # A run that was killed before it began leaves no more than these.
-            if not begun and out.is_dir() and {p.name for p in out.iterdir()} - {".lock", "args.json.tmp"}:
-                raise FileExistsError(0, "holds files already, and only --resume goes on with a run")
+        problem = "holds files already, and only --resume goes on with a run"
+        # A run that was killed before it began leaves no more than these.
+        if begun or not out.is_dir() or {path.name for path in out.iterdir()} <= {".lock", "args.json.tmp"}:
             out.mkdir(parents=True, exist_ok=True)
             lock = open(out / ".lock", "w")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if args.out or not isinstance(error, FileExistsError | BlockingIOError):
-                problem = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror
-                raise InputError(f"--out {out}: {problem}; choose another folder") from None
-        else:
-            for half_written in out.glob("checkpoints/step-*.tmp"):
-                shutil.rmtree(half_written, ignore_errors=True)
-            return out, lock
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for half_written in out.glob("checkpoints/step-*.tmp"):
+                    shutil.rmtree(half_written, ignore_errors=True)
+                return lock
+            problem = "another run is writing there"
+        if args.out:
+            raise InputError(f"--out {out}: {problem}; choose another folder")
 
 
 @contextlib.contextmanager
-def run_folder(args: argparse.Namespace, claimed: tuple[Path, IO[str]] | None = None) -> Iterator[Path]:
-    """Begin to write a run in its folder, claimed already if it is resumed: its settings come first."""
+def run_folder(args: argparse.Namespace, lock: IO[str] | None, state: dict) -> Iterator[tuple[Path, IO[bytes]]]:
+    """Begin to write a run in its folder, claimed already if it is resumed: its settings come first. Yields the folder,
+    and metrics.jsonl to append to, without what was logged after the checkpoint that the run goes on from."""
     if rank():
-        yield Path(gather(None)[0])
+        yield Path(gather(None)[0]), open(os.devnull, "wb")
         return
-    out, lock = claimed or claim(args)
-    with lock:
+    with lock or claim(args) as lock:
+        out = Path(lock.name).parent
         args.out = str(out)
         with atomic_write(out / "args.json") as file:
             file.write(json.dumps(vars(args), indent=1).encode())
         gather(args.out)
-        yield out
-
-
-def open_metrics(out: Path, state: dict | None) -> IO[bytes]:
-    """metrics.jsonl to append to. What was logged after the checkpoint that a run goes on from is dropped."""
-    if rank():
-        return open(os.devnull, "ab", buffering=0)
-    metrics = open(out / "metrics.jsonl", "ab", buffering=0)
-    metrics.truncate(min(metrics.tell(), state["logged"] if state else 0))
-    return metrics
+        with open(out / "metrics.jsonl", "ab", buffering=0) as metrics:
+            metrics.truncate(min(metrics.tell(), state.get("logged", 0)))
+            yield out, metrics
 
 
 def log(metrics: IO[bytes], **row) -> None:
@@ -562,7 +544,7 @@ def log(metrics: IO[bytes], **row) -> None:
         tqdm.write(f"metrics.jsonl: {error.strerror}; step {row['step']} is not logged")
 
 
-def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, source: Path, state: dict) -> None:
+def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, state: dict) -> None:
     """Write checkpoints/step-N beside the others, and point `latest` to it once it is complete and on disk; then remove
     all but the --keep newest. Raises InputError if that fails: what was there is kept."""
     if rank():  # it gives its rows to the first process, which writes
@@ -570,7 +552,7 @@ def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, sou
         if gather(None)[0]:
             sys.exit(2)
         return
-    source = out / "model" if (out / "model").exists() else source  # of a resumed run: its first source may be gone
+    source = out / "model" if (out / "model").exists() else args.ckpt  # which may be gone when a run is resumed
     folder = out / "checkpoints" / f"step-{state['step']:07}"
     new, problem = folder.with_suffix(".tmp"), None
     shutil.rmtree(new, ignore_errors=True)
@@ -630,12 +612,10 @@ def checksums(folder: Path) -> dict[str, int]:
 
 def damage(folder: Path) -> str | None:
     """The first file of a checkpoint that is not what was written; None if all are."""
-    if not any(folder.parent.glob(f"*/{CHECKSUMS}")):  # written before this project kept them
-        return None
     try:
-        there, written = checksums(folder), read_json(folder / CHECKSUMS)
-    except (OSError, InputError):
-        return CHECKSUMS
+        written, there = read_json(folder / CHECKSUMS), checksums(folder)
+    except (OSError, InputError):  # if no checkpoint has any, they were written before this project kept them
+        return CHECKSUMS if any(folder.parent.glob(f"*/{CHECKSUMS}")) else None
     return next((name for name in written if there.get(name) != written[name]), None)
 
 
@@ -643,15 +623,6 @@ def kept(out: Path) -> str:
     """What is saved of a run, in words."""
     latest = out / "latest"
     return f"{latest.resolve().name} is kept" if latest.exists() else "nothing had been saved before"
-
-
-def checkpoint_size(model: Transformer, args: argparse.Namespace) -> int:
-    """Bytes of a checkpoint: weights, and the optimizer's state of the layers that are trained at a time."""
-    size, share = 0, args.active / model.config.n_layers if args.sampling else 1.0
-    for name, p in model.named_parameters():
-        state = optimizer_size(p, how_trained(name, p, args), args.rank)
-        size += p.numel() * p.element_size() + state * (share if name.startswith("layers.") else 1)
-    return int(size)
 
 
 def require_room(model: Transformer, args: argparse.Namespace, steps: int) -> None:
@@ -677,52 +648,32 @@ def require_health(
 ) -> None:
     """Raise InputError if the run has diverged: too many steps in a row were not good (`bad`, else 0), or the weights are
     such that no fp16 could hold them, or that the loss on some validation rows is above the limit or not finite."""
-    losses, counts = row_losses(model, [rows[:1] for rows in validation.examples[:HEALTH_ROWS]], args)
-    loss, most = sum(x for (x,) in losses) / max(sum(n for (n,) in counts), 1), torch.finfo(torch.float16).max
+    examples = [rows[:1] for rows in validation.examples[:HEALTH_ROWS]]
+    loss, count = sum(rows[0] for rows in row_losses(model, examples, args))
+    loss, most = loss / max(count, 1), torch.finfo(torch.float16).max
     largest = [torch.linalg.vector_norm(w, torch.inf) for w in map(owlore.own, model.parameters()) if w.numel()]
-    sound = all(gather(all(norm <= most for norm in largest)))
-    if not (sound and loss <= limit and not bad):
-        what = f"in the last {bad} steps loss or gradients were not finite, or the loss was far above"
-        what = what if loss <= limit else f"the loss is {loss:.4g}"
-        what = what if sound else "weights are too large"
-        raise InputError(f"diverged: {what}; before training the loss was below {limit:.4g}; begin anew with a smaller --lr "
-                         f"or --scale ({args.lr:.3g} and {args.scale:g} now); {kept(out)}")  # fmt: skip
+    problem = "" if all(gather(all(norm <= most for norm in largest))) else "weights are too large"
+    problem = problem or ("" if loss <= limit else f"the loss is {loss:.4g}")
+    problem = problem or bad and f"in {bad} steps in a row loss or gradients were not finite, or the loss was far above"
+    if problem:
+        raise InputError(f"diverged: {problem}; before training the loss was below {limit:.4g}; begin anew with a smaller "
+                         f"--lr or --scale ({args.lr:.3g} and {args.scale:g} now); {kept(out)}")  # fmt: skip
 
 
-def newest_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that is as it was written, to which `latest` points then; None before the first. Says which
-    ones are damaged. Raises InputError if all are."""
+def load_state(out: Path) -> dict:
+    """What the newest checkpoint that is as it was written holds besides weights, {} before the first; `latest` points to
+    it then. Says which ones are damaged. Raises InputError if all are."""
     folders = sorted((out / "checkpoints").glob("step-*[0-9]"), reverse=True)
-    for folder in folders:
-        broken = damage(folder)
-        if not broken:
-            if (out / "latest").resolve() != folder.resolve():
-                link(out, folder)
-            return folder
-        print(f"{folder / broken}: damaged, or only half written: going on from the checkpoint before it")
-    if folders or (out / "latest").is_symlink():
-        raise InputError(f"{out / 'checkpoints'}: every checkpoint is damaged or gone; choose another --out")
-    return None
-
-
-def require_same_run(state: dict, data: Dataset, steps: int, lr: float) -> None:
-    """Raise InputError for other data than a run was reading, or if `steps` are done already. Says what more of them
-    change."""
-    if state["data"] != zlib.crc32(data.ids):
-        raise InputError("--data: is not what this run was reading; put the old file back")
-    done, planned = state["step"], state.get("steps", steps)
-    if steps != planned:
-        if steps <= done:
-            raise InputError(f"--steps, --epochs: {done} steps are done already; {steps} are no more than that")
-        print(f"{steps} steps instead of {planned}: from step {done} on the learning rate is that of a run of {steps}, "
-              f"{lr * (1 - done / steps):.3g} instead of {lr * (1 - done / planned):.3g}, and falls to zero at their end")  # fmt: skip
-
-
-def load_state(out: Path) -> dict | None:
-    """What the newest good checkpoint holds besides weights; None before the first."""
-    folder = gather(None if rank() else newest_checkpoint(out))[0]
+    begun = bool(folders) or (out / "latest").is_symlink()
+    while not rank() and folders and (broken := damage(folders[0])):
+        print(f"{folders.pop(0) / broken}: damaged, or only half written: going on from the checkpoint before it")
+    folder = gather(folders[0] if folders else None)[0]
     if not folder:
-        return None
+        if begun:
+            raise InputError(f"{out / 'checkpoints'}: every checkpoint is damaged or gone; choose another --out")
+        return {}
+    if not rank():
+        link(out, folder)
     path = folder / "state" / "state.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -730,13 +681,23 @@ def load_state(out: Path) -> dict | None:
         raise InputError(f"{path}: damaged ({type(error).__name__}); the model beside it is still usable") from None
 
 
-def adapters(model: Transformer) -> dict[str, Tensor]:
-    """LoRA's additions, which the saved weights hold merged."""
-    return {name: owlore.whole(p.detach()) for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
+def planned_steps(data: Dataset, args: argparse.Namespace, state: dict) -> int:
+    """The steps of a run. Of one that is resumed it says what other ones than planned change, and raises InputError if so
+    many are done already."""
+    steps = args.steps or args.epochs * math.ceil(len(data.groups) / args.batch_size)
+    done, planned = state.get("step", 0), state.get("steps", steps)
+    if steps != planned:
+        if steps <= done:
+            raise InputError(f"--steps, --epochs: {done} steps are done already; {steps} are no more than that")
+        now, before = (args.lr * (1 - done / n) for n in (steps, planned))
+        print(f"{steps} steps instead of {planned}: from step {done} on the learning rate is that of a run of {steps}, "
+              f"{now:.3g} instead of {before:.3g}, and falls to zero at their end")  # fmt: skip
+    return steps
 
 
-def optimizer_state(optimizer: ProjectedAdam) -> dict:
-    """Its state_dict; in the first process with all rows of the moments that are sharded."""
+def training_state(model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> dict:
+    """What `restore` takes, besides the saved weights; in the first process with all rows of what is sharded."""
+    adapters = {name: owlore.whole(p.detach()) for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
     state = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, moments in state["state"].items():
@@ -744,7 +705,8 @@ def optimizer_state(optimizer: ProjectedAdam) -> dict:
         if owlore.is_sharded(p) and "basis" not in moments:
             rows = {key: owlore.whole(value, p) for key, value in moments.items() if isinstance(value, Tensor)}
             state["state"][index] = moments | ({} if rank() else {key: value.cpu() for key, value in rows.items()})
-    return state
+    # Lora's additions, for the saved weights hold them merged
+    return {"adapters": adapters, "optimizer": state, "sampler": sampler and sampler.state_dict()}
 
 
 def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> None:
@@ -760,20 +722,25 @@ def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: 
 # Around the loop
 
 
-def load_inputs(source: Path, args: argparse.Namespace) -> tuple[Transformer, Dataset | None, Dataset]:
-    """The model, and what it is trained on (nothing with --eval-only) and validated on."""
+def load_inputs(args: argparse.Namespace, state: dict) -> tuple[Transformer, Dataset | None, Dataset]:
+    """The model, and what it is trained on (nothing with --eval-only) and validated on. Raises InputError if that is not
+    what a resumed run was reading."""
     if args.val_data:
         records, held_out = [] if args.eval_only else load_records(args.data), load_records(args.val_data)
     else:
         records, held_out = split_records(load_records(args.data), HELD_OUT, HELD_OUT_RECORDS, args.seed)
     torch.manual_seed(args.seed)
-    sharded = args.offload or processes() > 1
+    sharded, lora = args.offload or processes() > 1, args.method == "lora"
+    # What lora saves is merged: it goes on from the weights it began with.
+    source = Path(args.out) / "model" if state and not lora else args.ckpt
     model, tokenizer = load(source, args, partial(shard, args=args) if sharded else None)
-    if args.method == "lora" and not sharded:
+    if lora and not sharded:
         add_lora(model, args.rank, args.lora_alpha)
     model.checkpoint_blocks = args.recompute
     validation = build_validation(held_out, tokenizer, args.seq_len)
     data = None if args.eval_only else build_dataset(records, tokenizer, args.seq_len)
+    if data and state and state["data"] != zlib.crc32(data.ids):
+        raise InputError("--data: is not what this run was reading; put the old file back")
     if args.pack and data:
         data.groups = data.packed(args.seq_len, args.seed)
     for name, dataset in ((args.data, data), (args.val_data or "held-out part", validation)):
@@ -796,21 +763,18 @@ def shard(model: Transformer, args: argparse.Namespace) -> str:
     return "cpu" if args.offload else args.device
 
 
-def reshard(model: Transformer) -> None:
-    """Let go of embedding and head, which FSDP keeps whole after a forward pass, for the backward pass to come."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
 def join_processes(args: argparse.Namespace) -> None:
     """Join the processes that torchrun has started, the first of which talks. FSDP needs a group for --offload, too."""
-    require_device(args.device)
-    cuda = args.device.startswith("cuda")
-    if dist.is_torchelastic_launched() and args.device not in ("cuda", "cpu"):
+    launched, cuda = dist.is_torchelastic_launched(), args.device.startswith("cuda")
+    if dist.is_initialized() or not (launched or args.offload):
+        return
+    if launched and args.device not in ("cuda", "cpu"):
         raise InputError(f"--device {args.device}: each process takes a card of its own; leave the number out")
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if launched and cuda else args.device
+    require_device(device)
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.device(args.device).index or 0)))
-    alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        torch.cuda.set_device(torch.device(device).index or 0)
+    alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     if rank():
         sys.stdout = open(os.devnull, "w")
@@ -818,12 +782,10 @@ def join_processes(args: argparse.Namespace) -> None:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def processes() -> int:
-    """How many processes share the work."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -835,25 +797,24 @@ def gather(value: object) -> list:
     return values
 
 
-def layer_chart(columns: dict[str, Sequence[float]], width: int = 30) -> str:
-    """A table with a row per layer: columns of numbers by heading, and a bar for the last of them, at most `width`."""
-    rows = [["layer", *columns]]
-    rows += [[str(n), *(f"{x:.4f}" for x in row)] for n, row in enumerate(zip(*columns.values()))]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows]
-    last = [float(x) for x in list(columns.values())[-1]]
-    bars = ["█" * round(width * x / (max(last) or 1)) for x in last]
-    return "\n".join([lines[0], *(f"{line}  {bar}".rstrip() for line, bar in zip(lines[1:], bars))])
+def layer_chart(columns: dict[str, Sequence[float]]) -> str:
+    """A table with a row per layer: columns of numbers by heading, and a bar for the last of them."""
+    *_, last = columns.values()
+    rows = [["layer", *columns, ""]]
+    for n, row in enumerate(zip(*columns.values())):
+        bar = "█" * round(30 * float(row[-1]) / (float(max(last)) or 1))
+        rows.append([str(n), *(f"{x:.4f}" for x in row), bar])
+    widths = [max(map(len, column)) for column in zip(*rows)][:-1] + [0]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
 def progress(row: dict, n_layers: int) -> str:
     """A logged step in words, few enough for 80 columns."""
-    active = row["active"]
-    layers = "layers " + ",".join(map(str, active))
+    layers = "layers " + ",".join(map(str, row["active"]))
     if len(layers) > 24:
-        layers = "all layers" if len(active) == n_layers else f"{len(active)} of {n_layers} layers"
-    text = f"loss {row['loss']:.3f} lr {row['lr']:.1e} {row['tokens_per_second']:,.0f} tok/s {layers}"
-    return text + (f" {row['skipped']} skipped" if row["skipped"] else "")
+        layers = "all layers" if len(row["active"]) == n_layers else f"{len(row['active'])} of {n_layers} layers"
+    skipped = f" {row['skipped']} skipped" * (row["skipped"] > 0)
+    return f"loss {row['loss']:.3f} lr {row['lr']:.1e} {row['tokens_per_second']:,.0f} tok/s {layers}{skipped}"
 
 
 def in_words(size: float) -> str:
@@ -864,8 +825,7 @@ def in_words(size: float) -> str:
 def comment(loss: float, vocab_size: int, args: argparse.Namespace) -> None:
     """Say what a high loss before training comes from. Raises InputError if it is not finite."""
     if not math.isfinite(loss):
-        problem = f"the loss before training is {loss}: its weights are damaged, or not for {args.dtype}"
-        raise InputError(f"{args.ckpt}: {problem}")
+        raise InputError(f"{args.ckpt}: the loss before training is {loss}: damaged weights, or not for {args.dtype}")
     if loss > math.log(vocab_size):
         print(f"before training the loss, {loss:.1f}, is above that of a uniform guess, {math.log(vocab_size):.1f}: the model "
               "has not met this format yet (for plain text it would mean that the tokenizer is another model's)")  # fmt: skip
@@ -883,26 +843,20 @@ def peak_memory(device: str) -> int:
     """Peak bytes so far: of tensors on a GPU, of the whole process elsewhere."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class Output:
+class Output(io.TextIOWrapper):
     """A stream whose reader may go away, as a closed terminal or a `tee` that Ctrl-C ends: a run goes on, or saves."""
 
-    def __init__(self, stream: IO[str]):
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
-            self.stream.write(text)
+            super().write(text)
+        return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):
-            self.stream.flush()
+            super().flush()
 
 
 @contextlib.contextmanager
@@ -917,14 +871,12 @@ def note_signals() -> Iterator[list[int]]:
         with contextlib.suppress(OSError):  # the terminal may be closed
             os.write(2, b"\nstopping after this step, to save; once more to stop at once\n")
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # as nohup has it
-    before = {number: signal.signal(number, on_signal) for number in numbers}
-    try:
+    hangs_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # as nohup has it
+    numbers = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * hangs_up
+    with contextlib.ExitStack() as stack:  # which restores the handlers there were
+        for number in numbers:
+            stack.callback(signal.signal, number, signal.signal(number, on_signal))
         yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def show_layers() -> None:
@@ -955,8 +907,7 @@ def main() -> None:
     parser = flag_parser()
 
     def error(message: str) -> None:
-        if rank():  # what all processes met the first one says, and torchrun ends the others meanwhile
-            time.sleep(2)
+        time.sleep(2 * (rank() > 0))  # what all have met the first one says, and torchrun ends the others meanwhile
         argparse.ArgumentParser.error(parser, message)
 
     parser.error = error
@@ -974,5 +925,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    sys.stdout = Output(sys.stdout.buffer, sys.stdout.encoding, sys.stdout.errors, line_buffering=True)
+    sys.stderr = Output(sys.stderr.buffer, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
     main()

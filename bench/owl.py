@@ -95,8 +95,8 @@ def prune(model: Transformer, dense: dict[nn.Linear, Tensor], norms: dict[nn.Lin
 def perplexity(model: Transformer, val: Dataset) -> float:
     """e to the mean loss per token."""
     args = argparse.Namespace(micro_batch_size=16, seq_len=512, device="cpu")
-    losses, counts = train.row_losses(model, [[row] for row in val], args)
-    return math.exp(sum(sum(losses, [])) / sum(sum(counts, [])))
+    loss, count = sum(row for (row,) in train.row_losses(model, [[row] for row in val], args))
+    return math.exp(loss / count)
 
 
 @torch.no_grad()

@@ -318,7 +318,7 @@ def evaluation(model: Transformer, records: list[Record], tokenizer: Tokenizer, 
     losses = {}
 
     def evaluate(name: str, rows: list) -> None:
-        losses[name] = np.concatenate(train.row_losses(model, rows, run)[0])
+        losses[name] = np.concatenate(train.row_losses(model, rows, run))[:, 0]
 
     shared, each = (
         seconds(lambda: evaluate(name, rows), args.device) for name, rows in (("shared", examples), ("alone", alone))
