@@ -47,10 +47,9 @@ class Record:
 def alpaca_prompt(instruction: str, context: str = "") -> str:
     """The prompt of Alpaca (Taori et al., 2023), with which commonsense-170k is trained and evaluated, too."""
     paired = ", paired with an input that provides further context" if context else ""
-    start = f"Below is an instruction that describes a task{paired}."
-    start += " Write a response that appropriately completes the request.\n\n"
     context = f"### Input:\n{context}\n\n" if context else ""
-    return f"{start}### Instruction:\n{instruction}\n\n{context}### Response:\n"
+    return (f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
+            f"request.\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n")  # fmt: skip
 
 
 def parse_record(record: object) -> Record:
@@ -60,8 +59,7 @@ def parse_record(record: object) -> Record:
             prompt, output = alpaca_prompt(as_text(instruction), as_text(record.get("input") or "")), as_text(output)
             options = re.search(r"Answer format: *(\S+)\s*$", instruction)
             names = [name for name in options[1].split("/") if name] if options else []
-            answer = record.get("answer")
-            if answer in names and output.endswith(answer):
+            if (answer := record.get("answer")) in names and output.endswith(answer):
                 choices = [output.removesuffix(answer) + name for name in names]
                 return Record([(prompt, output)], choices, names.index(answer))
             return Record([(prompt, output)])
@@ -74,17 +72,14 @@ def parse_record(record: object) -> Record:
             return Record([(as_text(prompt), choices[answer])], choices, answer)
         case {"prompt": prompt, "completion": completion} | {"input": prompt, "output": completion}:
             return Record([(as_text(prompt), as_text(completion))])
-        case {"question": question, "answer": answer, "choices": choices}:
-            return parse_record({"prompt": alpaca_prompt(as_text(question)), "choices": choices, "answer": answer})
         case {"question": question, "answer": answer}:
-            return Record([(alpaca_prompt(as_text(question)), as_text(answer))])
+            return parse_record(record | {"prompt": alpaca_prompt(as_text(question)), "completion": answer})
         case {"messages": messages} | {"conversations": messages}:
             return Record(parse_messages(messages))
         case {"text": content}:
             return Record([("", as_text(content))], plain=True)
-    known = "instruction + output, prompt + completion, prompt + choices + answer, question + answer, messages, "
-    known += "conversations, input + output, text"
-    raise ValueError(f"unknown record {json.dumps(record)[:60]}; known are those with {known}")
+    raise ValueError(f"unknown record {json.dumps(record)[:60]}; known: instruction + output, prompt + completion, prompt + "
+                     "choices + answer, question + answer, messages, conversations, input + output, text")  # fmt: skip
 
 
 def parse_messages(messages: object) -> list[tuple[str, str]]:
@@ -100,8 +95,9 @@ def parse_messages(messages: object) -> list[tuple[str, str]]:
                 turns.append((prompt + "### Response:\n", as_text(content)))
                 prompt = ""
             case _:
-                raise ValueError('messages must be a list of {"role": system, user or assistant, "content"}, '
-                                 'conversations of {"from": system, human or gpt, "value"}')  # fmt: skip
+                raise ValueError(
+                    "a message has role (system, user, assistant) and content, or from (human, gpt) and value"
+                )
     if not turns:
         raise ValueError("has no message of an assistant to train on")
     return turns
@@ -116,42 +112,30 @@ def as_text(value: object) -> str:
 
 
 def load_records(path: str | Path) -> list[Record]:
-    """Read a text file (`.txt`) or JSON: a list of records, one record, {"type", "instances"}, or a record per line.
+    """Read a text file (`.txt`) or JSON: a list of records, {"type", "instances"}, or one record after another.
     Those without anything to learn, as every completion is empty, are left out, with a warning.
 
     Raises InputError, with the line's or the record's number, for what cannot be read.
     """
     path = Path(path)
-    content = read_text(path)
     if path.suffix == ".txt":
-        return [Record([("", content)], plain=True)]
-    try:
-        value = parse_json(content, path, 1)
-    except InputError:
-        if path.suffix == ".json":
-            raise
-        lines = enumerate(content.split("\n"), 1)  # splitlines() also cuts at characters that JSON strings may hold
-        found = [(f"line {n}", parse_json(line, path, n)) for n, line in lines if line.strip()]
-    else:
-        match value:
-            case list(values) | {"type": "text_only" | "text2text", "instances": list(values)}:
-                found = [(f"record {n}", value) for n, value in enumerate(values, 1)]
-            case {"instances": _}:
-                raise InputError(f'{path}: "type" must be text_only or text2text, and "instances" a list')
-            case _:
-                found = [("record 1", value)]
-    records = []
-    for place, value in found:
+        return [Record([("", read_text(path))], plain=True)]
+    kind, found, records = "line", parse_json(path), []
+    match found:
+        case [(_, list(values) | {"type": "text_only" | "text2text", "instances": list(values)})]:
+            kind, found = "record", enumerate(values, 1)
+        case [(_, {"instances": _})]:
+            raise InputError(f'{path}: "type" must be text_only or text2text, and "instances" a list')
+    for number, value in found:
         try:
             records.append(parse_record(value))
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: {place}: {error}") from None
+            raise InputError(f"{path}: {kind} {number}: {error}") from None
     full = [record for record in records if any(completion.strip() for _, completion in record.turns)]
     if not full:
         raise InputError(f"{path}: holds no records" + " but with empty completions" * bool(records))
-    if len(full) < len(records):
-        empty = f"{len(records) - len(full)} of {len(records)}"
-        warnings.warn(f"{path}: {empty} records have an empty completion: left out", stacklevel=2)
+    if empty := len(records) - len(full):
+        warnings.warn(f"{path}: {empty} of {len(records)} records have an empty completion: left out", stacklevel=2)
     return full
 
 
@@ -162,14 +146,14 @@ def split_records(records: list[Record], share: float, most: int, seed: int) -> 
         content = records[0].turns[0][1]
         end = int(len(content) * (1 - share))
         cut = content.rfind("\n", 0, end) + 1 or end
-        if not content[:cut].strip() or not content[cut:].strip():
-            raise InputError("--data: the text is too short to hold a part out for validation; give --val-data")
-        return [Record([("", content[:cut])], plain=True)], [Record([("", content[cut:])], plain=True)]
-    held = min(max(1, round(len(records) * share)), most)
-    if held >= len(records):
-        raise InputError("--data: one record cannot be split for validation; add records or give --val-data")
-    order = np.random.default_rng(seed).permutation(len(records))
-    return [records[i] for i in sorted(order[held:])], [records[i] for i in sorted(order[:held])]
+        parts = [[Record([("", text)], plain=True)] * bool(text.strip()) for text in (content[:cut], content[cut:])]
+    else:
+        held = min(max(1, round(len(records) * share)), most)
+        order = np.random.default_rng(seed).permutation(len(records))
+        parts = [[records[i] for i in sorted(part)] for part in (order[held:], order[:held])]
+    if not all(parts):
+        raise InputError("--data: one record, or a text too short, cannot be split for validation; give --val-data")
+    return tuple(parts)
 
 
 # Tokenizers
@@ -516,15 +500,13 @@ FOREIGN |= dict.fromkeys((".pth", ".pt", ".bin", ".safetensors", ".gguf"), "a fi
 
 
 def read_text(path: Path) -> str:
-    """A whole text file. Raises InputError if it is missing, empty or not UTF-8."""
+    """A whole text file. Raises InputError if it is empty or not UTF-8, OSError if it is missing."""
     if path.is_file() and path.suffix.lower() in FOREIGN:
         raise InputError(f"{path}: {FOREIGN[path.suffix.lower()]}; convert it to text (.txt), JSON or JSON lines")
     try:
         content = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
     if not content.strip():
         raise InputError(f"{path}: empty")
     return content
@@ -532,20 +514,24 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises InputError, with the line, if it is malformed or something else."""
-    value = parse_json(read_text(path), path, 1)
-    if not isinstance(value, dict):
+    values = parse_json(path)
+    if len(values) > 1 or not isinstance(values[0][1], dict):
         raise InputError(f"{path}: not a JSON object; fetch it again")
-    return value
+    return values[0][1]
 
 
-def parse_json(text: str, path: Path, line: int) -> object:
-    """The value of JSON that begins at line `line` of a file."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: line {line + error.lineno - 1}: malformed JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: line {line}: JSON that cannot be read: {error}") from None
+def parse_json(path: Path) -> list[tuple[int, object]]:
+    """The values in a file of JSON, one after another, each with the line that it begins on."""
+    text, values, line, begin, end = read_text(path), [], 1, 0, 0
+    while something := re.compile(r"[^ \t\r\n]").search(text, end):
+        line += text.count("\n", begin, something.start())
+        begin = something.start()
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, begin)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: the JSON that begins on line {line} cannot be read: {error}") from None
+        values.append((line, value))
+    return values
 
 
 @contextlib.contextmanager
