@@ -11,6 +11,7 @@ import argparse
 import base64
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -161,7 +162,7 @@ def split_records(records: list[Record], share: float, most: int, seed: int) -> 
 
 class Tokenizer:
     """Text to token ids and back, by the package in `model`. Has `vocab_size`, and `bos_id` and `eos_id`, which are -1 if
-    there are no such tokens."""
+    there are no such tokens. hf_config: what Hugging Face's tools need to be told, or they take it for another one."""
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of a text, between BOS and EOS if asked for."""
@@ -183,26 +184,27 @@ class SentencePieceTokenizer(Tokenizer):
         self.model = sentencepiece.SentencePieceProcessor()
         self.model.LoadFromSerializedProto(raw)
         self.vocab_size, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.model.unk_id()}
+        self.hf_config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
+        self.hf_config |= {key: self.model.id_to_piece(id) for key, id in ids.items() if id >= 0}
 
 
 class TiktokenTokenizer(Tokenizer):
     """LLaMA-3: byte-pair ranks, then 256 special tokens, the first two of which are BOS and EOS."""
 
     # How text is split before pairs are merged: GPT-4's pattern, as LLaMA-3 uses it
-    PATTERN = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
-    )
+    PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    PATTERN += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    hf_config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    hf_config |= {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
 
     def __init__(self, raw: bytes):
         import tiktoken
 
-        ranks = {}
-        for number, line in enumerate(raw.splitlines()):
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-            if int(rank) != number or len(ranks) != number + 1:
-                raise ValueError(f"line {number + 1} does not hold rank {number}")
+        lines = map(bytes.split, raw.splitlines())
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        if list(ranks.values()) != list(range(len(ranks))):
+            raise ValueError("its ranks do not count up from 0, each with another token")
         # tiktoken is not told of the special tokens: where a text spells one out, it is text.
         self.model = tiktoken.Encoding("llama3", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={})
         self.bos_id, self.eos_id, self.vocab_size = len(ranks), len(ranks) + 1, len(ranks) + 256
@@ -230,21 +232,17 @@ class HuggingFaceTokenizer(Tokenizer):
         self.model.no_truncation()  # what it was last used with may be saved in it
         self.model.no_padding()
         self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.bos_id, self.eos_id = self.special(folder, "bos_token"), self.special(folder, "eos_token")
-
-    def special(self, folder: Path, key: str) -> int:
-        """The id of "bos_token" or "eos_token"."""
-        files = folder / "tokenizer_config.json", folder / "config.json"
+        files, ids = (folder / "tokenizer_config.json", folder / "config.json"), []
         settings, config = (read_json(file) if file.is_file() else {} for file in files)
-        if key in settings:
-            token = settings[key].get("content") if isinstance(settings[key], dict) else settings[key]
-            id = -1 if token is None else self.model.token_to_id(str(token))
-        else:
-            id = config.get(f"{key}_id", -1)
-            id = id[0] if isinstance(id, list) and id else id  # chat models may end in one of several
-        if not isinstance(id, int | None) or id is None and settings.get(key):
-            raise ValueError(f"its {key} is not one of its tokens")
-        return -1 if id is None else id
+        for key in ("bos_token", "eos_token"):
+            token = settings.get(key, config.get(f"{key}_id"))
+            token = token.get("content") if isinstance(token, dict) else token
+            token = token[0] if isinstance(token, list) and token else token  # chat models may end in one of several
+            id = self.model.token_to_id(token) if isinstance(token, str) else token
+            if not isinstance(id, int | None) or id is None and token:
+                raise ValueError(f"its {key} is not one of its tokens")
+            ids.append(-1 if id is None else id)
+        self.bos_id, self.eos_id = ids
 
     def encode_text(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
@@ -276,38 +274,38 @@ def encode_turn(tokenizer: Tokenizer, prompt: str, completion: str, bos: bool, e
     """Ids of prompt + completion, tokenised as one text, those of the prompt complemented. A token across the border
     belongs to the completion."""
     ids, context = tokenizer.encode(prompt + completion, bos, eos), tokenizer.encode(prompt, bos)
-    border = next((n for n, (a, b) in enumerate(zip(context, ids)) if a != b), len(context))
+    border = len(os.path.commonprefix([context, ids]))
     return [~i for i in ids[:border]] + ids[border:]
 
 
-def fit(ids: list[int], length: int) -> list[int]:
-    """Shorten a row to `length` tokens: behind BOS, from the prompt's left, and if that is not enough, from the end."""
+def fit(ids: list[int], length: int) -> np.ndarray:
+    """Shorten a row to `length` tokens, behind BOS, from the prompt's left, and if that is not enough, from the end."""
     prompt = next((n for n, i in enumerate(ids) if i >= 0), len(ids))
     cut = max(0, min(len(ids) - length, prompt - 1))
-    return (ids[:1] + ids[1 + cut :])[:length]
+    return np.array((ids[:1] + ids[1 + cut :])[:length], dtype=np.int32)
 
 
 def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """The same ids as `tokenizer.encode(text, bos=False)`, int32 [tokens], but encoded line by line: the time that
     SentencePiece takes grows with the square of a text's length."""
-    if isinstance(tokenizer, HuggingFaceTokenizer):  # its time does not, and how it treats newlines is up to its file
-        return np.array(tokenizer.encode(text, bos=False), dtype=np.int32)
-    # Blank lines stay with the line before them, as LLaMA-3 has tokens of several newlines.
-    first, *lines = re.split(r"(?<=\n)(?=[^\S\r\n]*\S)", text)
+    # Blank lines stay with the line before them, as LLaMA-3 has tokens of several newlines. What a tokenizer.json does
+    # with newlines is up to it, and its time does not grow so.
+    lines = [text] if isinstance(tokenizer, HuggingFaceTokenizer) else re.split(r"(?<=\n)(?=[^\S\r\n]*\S)", text)
     # SentencePiece puts a blank before each text. After a newline it does not, so we encode one and leave it out.
     newline = tokenizer.encode("\n", bos=False)
-    ids = array("i", tokenizer.encode(first, bos=False))
-    for line in tqdm(lines, "tokenising lines", leave=False, disable=None):
+    ids = array("i", tokenizer.encode(lines[0], bos=False))
+    for line in tqdm(lines[1:], "tokenising lines", leave=False, disable=None):
         line_ids = tokenizer.encode("\n" + line, bos=False)
         if line_ids[: len(newline)] != newline:  # this vocabulary merges across lines
-            return np.array(tokenizer.encode(text, bos=False), dtype=np.int32)
+            ids = array("i", tokenizer.encode(text, bos=False))
+            break
         ids.extend(line_ids[len(newline) :])
-    return np.array(ids, dtype=np.int32)
+    return np.array(ids)
 
 
-def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int, eos: bool = True) -> "Dataset":
-    """Rows of at most seq_len + 1 tokens, which make seq_len predictions. eos: end each completion with the end-of-text
-    token. Raises InputError if there are no two tokens in a row."""
+def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int) -> "Dataset":
+    """Rows of at most seq_len + 1 tokens, which make seq_len predictions. Raises InputError if there are no two tokens in
+    a row."""
     rows, texts, cut = [], [], np.zeros(2, dtype=int)
     text_bos = ~np.array(tokenizer.encode(""), dtype=np.int32)
     text_eos = np.array(tokenizer.encode("", bos=False, eos=len(records) > 1), dtype=np.int32)
@@ -317,18 +315,17 @@ def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int, eos
             continue
         row = []
         for prompt, completion in record.turns:
-            row += encode_turn(tokenizer, prompt, completion, bos=not row, eos=eos)
-        rows.append(np.array(fit(row, seq_len + 1), dtype=np.int32))
-        told = [sum(id >= 0 for id in ids) for ids in (row, rows[-1])]
-        cut += len(row) > seq_len + 1 and (told[0] - told[1] < len(row) - seq_len - 1, told[1] < told[0])
-    ends = np.cumsum([0] + [len(row) for row in rows])
+            row += encode_turn(tokenizer, prompt, completion, bos=not row, eos=True)
+        rows.append(fit(row, seq_len + 1))
+        told, left = np.array(row) >= 0, rows[-1] >= 0
+        cut += (~left).sum() < (~told).sum(), left.sum() < told.sum()
+    ids, ends = np.concatenate(rows + texts), np.cumsum([0, *map(len, rows)])
     spans = list(zip(ends, ends[1:]))
     # Plain texts follow one another. The last token of a row is the first of the next: each is predicted once.
-    total = ends[-1] + sum(map(len, texts))
-    spans += [(n, min(n + seq_len + 1, total)) for n in range(ends[-1], total - 1, seq_len)]
+    spans += [(n, min(n + seq_len + 1, len(ids))) for n in range(ends[-1], len(ids) - 1, seq_len)]
     if not spans:
         raise InputError("--data: too short: not two tokens of text in a row")
-    return Dataset(np.concatenate(rows + texts), np.array(spans), [r for r in records if r.choices], *cut.tolist())
+    return Dataset(ids, np.array(spans), [record for record in records if record.choices], *cut.tolist())
 
 
 def build_validation(records: list[Record], tokenizer: Tokenizer, seq_len: int) -> "Dataset":
@@ -336,12 +333,10 @@ def build_validation(records: list[Record], tokenizer: Tokenizer, seq_len: int) 
     one for each choice of a record that has some."""
     dataset = build_dataset(records, tokenizer, seq_len)
     dataset.examples = [[row] for row in dataset]
-    texts = [Record([(record.turns[0][0], choice)]) for record in dataset.records for choice in record.choices]
-    choices = iter(build_dataset(texts, tokenizer, seq_len, eos=False) if texts else ())
-    for rows, record in zip(
-        dataset.examples, (record for record in records if not record.plain)
-    ):  # plain text comes last
-        rows += [next(choices) for _ in record.choices]
+    records = [record for record in records if not record.plain]  # plain text comes last
+    for rows, record in zip(dataset.examples, records):
+        texts = [encode_turn(tokenizer, record.turns[0][0], choice, bos=True, eos=False) for choice in record.choices]
+        rows += [fit(ids, seq_len + 1) for ids in texts]
     return dataset
 
 
@@ -362,8 +357,7 @@ class Dataset:
 
     def __getitem__(self, n: int) -> np.ndarray:
         """The ids of a row, int32 [tokens]."""
-        begin, end = self.rows[n]
-        return self.ids[begin:end]
+        return self.ids[slice(*self.rows[n])]
 
     def batch(self, index: Sequence[int]) -> tuple[Tensor, Tensor, "Layout"]:
         """Tokens int64 [N] and targets [K] of the rows `index`, laid end to end, shortest first, and their layout."""
@@ -421,18 +415,17 @@ class Layout(NamedTuple):
         return Layout(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
 
     def masks(self, window: int | None) -> list[Tensor | None]:
-        """What each token of a group may see: bool [B or 1, 1, T, T], None if that is all before it, and itself."""
-        masks = []
-        positions = self.pad(self.positions)
-        branches = [None] * len(self.shapes) if self.branches is None else self.pad(self.branches)
-        for (_, T), position, branch in zip(self.shapes, positions, branches):
-            order = torch.arange(T, device=position.device)
-            seen = (order[:, None] >= order)[None]  # [1, T, T]
-            if branch is not None:
-                seen = seen & ((branch[:, None] == 0) | (branch[:, None] == branch[:, :, None]))
-            if window is not None and T > window:
-                seen = seen & (position[:, :, None] - position[:, None] < window)
-            masks.append(None if branch is None and (window is None or T <= window) else seen[:, None])
+        """What each token of a group may see: bool [B, 1, T, T], None if that is all before it, and itself."""
+        masks, window = [], window or math.inf
+        branches = torch.zeros_like(self.positions) if self.branches is None else self.branches
+        for (_, T), position, branch in zip(self.shapes, self.pad(self.positions), self.pad(branches)):
+            seen = None
+            if self.branches is not None or T > window:
+                order = torch.arange(T, device=position.device)
+                near = position[:, :, None] - position[:, None] < window  # [B, T, T]
+                joined = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
+                seen = (near & joined & (order[:, None] >= order))[:, None]
+            masks.append(seen)
         return masks
 
 
@@ -453,7 +446,7 @@ def lay_out(examples: Sequence[Sequence[np.ndarray]]) -> tuple[Tensor, Tensor, L
     beginning, and then in the rest of each of its rows, example by example. Put like lengths side by side: what follows
     one another is a group as long as that pads little.
     """
-    tokens, positions, branches, predicting, targets, counts, lengths, n = [], [], [], [], [], [], [], 0
+    laid, lengths, n = [], [], 0  # laid: tokens, positions, branches, predicting and targets of each part
     for rows in examples:
         common, begun = common_beginning(rows), n
         parts = [(rows[0][:common], rows[0][1:common])]  # what is read, and what is to be predicted
@@ -462,17 +455,14 @@ def lay_out(examples: Sequence[Sequence[np.ndarray]]) -> tuple[Tensor, Tensor, L
             readers = np.arange(n, n + len(read))
             if branch and common:  # it goes on from the last token of the common beginning
                 readers = np.append(begun + common - 1, readers)
-            tokens.append(np.where(read < 0, ~read, read))
-            positions.append(np.arange(len(read)) + common * (branch > 0))
-            branches.append(np.full(len(read), branch))
-            predicting.append(readers[: len(told)][told >= 0])
-            targets.append(told[told >= 0])
-            counts.append(len(targets[-1]))
+            tokens, positions = np.where(read < 0, ~read, read), np.arange(len(read)) + common * (branch > 0)
+            predicting, targets = readers[: len(told)][told >= 0], told[told >= 0]
+            laid.append((tokens, positions, np.full(len(read), branch), predicting, targets))
             n += len(read)
         lengths.append(n - begun)
-    tokens, positions, branches, predicting, targets = (
-        torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in (tokens, positions, branches, predicting, targets)
-    )
+    counts = [len(targets) for *_, targets in laid]
+    joined = (torch.from_numpy(np.concatenate(arrays).astype(np.int64)) for arrays in zip(*laid))
+    tokens, positions, branches, predicting, targets = joined
     groups = [[]]  # of lengths
     for length in lengths:
         if groups[-1] and max(*groups[-1], length) > SPREAD * min(*groups[-1], length):
@@ -481,9 +471,8 @@ def lay_out(examples: Sequence[Sequence[np.ndarray]]) -> tuple[Tensor, Tensor, L
     shapes = [(len(group), max(*group, 1)) for group in groups]
     begins = np.cumsum([0] + [T for B, T in shapes for _ in range(B)])
     places = torch.cat([torch.arange(begin, begin + length) for begin, length in zip(begins, lengths)])
-    single = all(len(rows) == 1 for rows in examples)
     layout = Layout(shapes, positions, None if n == begins[-1] else places,
-                    None if single and len(targets) == n else predicting, None if single else branches)  # fmt: skip
+                    None if predicting.equal(torch.arange(n)) else predicting, branches if branches.any() else None)  # fmt: skip
     return tokens, targets, layout, counts
 
 
@@ -562,21 +551,11 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
         ids = {key: said.get(key, id) for key, id in ids.items() if said.get(key, id) != -1}  # -1: there is none
         files["config.json"] = json.dumps(read_json(target / "config.json") | ids, indent=2).encode()
         if not files.keys() & {"tokenizer.json", "tokenizer_config.json"}:
-            files["tokenizer_config.json"] = json.dumps(hf_tokenizer_config(tokenizer), indent=2).encode()
+            files["tokenizer_config.json"] = json.dumps(tokenizer.hf_config, indent=2).encode()
     for name, content in files.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target / name) as file:
             file.write(content)
-
-
-def hf_tokenizer_config(tokenizer: Tokenizer) -> dict:
-    """What Hugging Face's tools need to be told, or they take LLaMA's tokenizer for another one."""
-    if isinstance(tokenizer, TiktokenTokenizer):
-        names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-        return {"tokenizer_class": "PreTrainedTokenizerFast"} | names
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.model.unk_id()}
-    names = {key: tokenizer.model.id_to_piece(id) for key, id in ids.items() if id >= 0}
-    return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False} | names
 
 
 def at_least(least: float, kind: type = int, most: float = 2**31 - 1) -> Callable[[str], float]:
