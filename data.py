@@ -18,7 +18,6 @@ import signal
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,13 +33,12 @@ TINY = Path(__file__).parent / "tiny"  # the embedded default: a small checkpoin
 # Records
 
 
-@dataclass
-class Record:
+class Record(NamedTuple):
     """One example: turns of (prompt, completion), or plain text as the completion of an empty prompt. A multiple-choice
     record also has its `choices`, the possible completions, and `answer`, the index of the right one."""
 
     turns: list[tuple[str, str]]
-    choices: list[str] = field(default_factory=list)
+    choices: Sequence[str] = ()
     answer: int = 0
     plain: bool = False
 
@@ -225,10 +223,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, raw: bytes, folder: Path):
         import tokenizers
 
-        try:
-            self.model = tokenizers.Tokenizer.from_buffer(raw)
-        except Exception as error:  # the package raises no other
-            raise ValueError(error) from None
+        self.model = tokenizers.Tokenizer.from_buffer(raw)
         self.model.no_truncation()  # what it was last used with may be saved in it
         self.model.no_padding()
         self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -263,7 +258,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return TiktokenTokenizer(raw) if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw) else SentencePieceTokenizer(raw)
     except ImportError as error:
         raise InputError(f"{path}: this tokenizer needs one more package: pip install {error.name}") from None
-    except (RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # the package tokenizers raises no narrower one
         raise InputError(f"{path}: not a tokenizer ({str(error)[:100]}); copy the model's own there") from None
 
 
@@ -303,57 +298,35 @@ def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.array(ids)
 
 
-def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int) -> "Dataset":
-    """Rows of at most seq_len + 1 tokens, which make seq_len predictions. Raises InputError if there are no two tokens in
-    a row."""
-    rows, texts, cut = [], [], np.zeros(2, dtype=int)
-    text_bos = ~np.array(tokenizer.encode(""), dtype=np.int32)
-    text_eos = np.array(tokenizer.encode("", bos=False, eos=len(records) > 1), dtype=np.int32)
-    for record in tqdm(records, "tokenising", leave=False, disable=None):
-        if record.plain:
-            texts += [text_bos, encode_long(tokenizer, record.turns[0][1]), text_eos]
-            continue
-        row = []
-        for prompt, completion in record.turns:
-            row += encode_turn(tokenizer, prompt, completion, bos=not row, eos=True)
-        rows.append(fit(row, seq_len + 1))
-        told, left = np.array(row) >= 0, rows[-1] >= 0
-        cut += (~left).sum() < (~told).sum(), left.sum() < told.sum()
-    ids, ends = np.concatenate(rows + texts), np.cumsum([0, *map(len, rows)])
-    spans = list(zip(ends, ends[1:]))
-    # Plain texts follow one another. The last token of a row is the first of the next: each is predicted once.
-    spans += [(n, min(n + seq_len + 1, len(ids))) for n in range(ends[-1], len(ids) - 1, seq_len)]
-    if not spans:
-        raise InputError("--data: too short: not two tokens of text in a row")
-    return Dataset(ids, np.array(spans), [record for record in records if record.choices], *cut.tolist())
-
-
-def build_validation(records: list[Record], tokenizer: Tokenizer, seq_len: int) -> "Dataset":
-    """`build_dataset`, with `examples`, what a model is evaluated on: for each row of the dataset the row, and behind it
-    one for each choice of a record that has some."""
-    dataset = build_dataset(records, tokenizer, seq_len)
-    dataset.examples = [[row] for row in dataset]
-    records = [record for record in records if not record.plain]  # plain text comes last
-    for rows, record in zip(dataset.examples, records):
-        texts = [encode_turn(tokenizer, record.turns[0][0], choice, bos=True, eos=False) for choice in record.choices]
-        rows += [fit(ids, seq_len + 1) for ids in texts]
-    return dataset
-
-
-@dataclass
 class Dataset:
-    """Rows of token ids. ids: int32 [tokens], context complemented. rows: int64 [N, 2], where each begins and ends.
-    records: the multiple-choice ones, for accuracy. prompts_cut, completions_cut: of how many rows these are not whole, as
-    they are too long. groups: the rows that count as one row of a step, each by itself unless they are packed."""
+    """Rows of token ids, at most seq_len + 1, which make seq_len predictions. ids: int32 [tokens], context complemented.
+    rows: int64 [N, 2], where each begins and ends. records: the multiple-choice ones, for accuracy. prompts_cut,
+    completions_cut: of how many rows these are not whole, as they are too long. groups: the rows that count as one row of
+    a step, each by itself unless they are packed. Raises InputError if there are no two tokens in a row."""
 
-    ids: np.ndarray
-    rows: np.ndarray
-    records: list[Record]
-    prompts_cut: int = 0
-    completions_cut: int = 0
-
-    def __post_init__(self):
-        self.groups = [[n] for n in range(len(self.rows))]
+    def __init__(self, records: list[Record], tokenizer: Tokenizer, seq_len: int):
+        rows, texts, cut = [], [], np.zeros(2, dtype=int)
+        text_bos = ~np.array(tokenizer.encode(""), dtype=np.int32)
+        text_eos = np.array(tokenizer.encode("", bos=False, eos=len(records) > 1), dtype=np.int32)
+        for record in tqdm(records, "tokenising", leave=False, disable=None):
+            if record.plain:
+                texts += [text_bos, encode_long(tokenizer, record.turns[0][1]), text_eos]
+                continue
+            row = []
+            for prompt, completion in record.turns:
+                row += encode_turn(tokenizer, prompt, completion, bos=not row, eos=True)
+            rows.append(fit(row, seq_len + 1))
+            told, left = np.array(row) >= 0, rows[-1] >= 0
+            cut += (~left).sum() < (~told).sum(), left.sum() < told.sum()
+        self.ids, ends = np.concatenate(rows + texts), np.cumsum([0, *map(len, rows)])
+        spans, total = list(zip(ends, ends[1:])), len(self.ids)
+        # Plain texts follow one another. The last token of a row is the first of the next: each is predicted once.
+        spans += [(n, min(n + seq_len + 1, total)) for n in range(ends[-1], total - 1, seq_len)]
+        if not spans:
+            raise InputError("--data: too short: not two tokens of text in a row")
+        self.rows, self.groups = np.array(spans), [[n] for n in range(len(spans))]
+        self.records = [record for record in records if record.choices]
+        self.prompts_cut, self.completions_cut = cut.tolist()
 
     def __getitem__(self, n: int) -> np.ndarray:
         """The ids of a row, int32 [tokens]."""
@@ -379,6 +352,18 @@ class Dataset:
         """The tokens of at most `count` rows drawn at random, int64 [1, T] each, to calibrate on."""
         order = np.random.default_rng(seed).permutation(len(self.rows))[:count]
         return [self.batch([n])[0][None] for n in order]
+
+
+def build_validation(records: list[Record], tokenizer: Tokenizer, seq_len: int) -> Dataset:
+    """A dataset with `examples`, what a model is evaluated on: for each row of the dataset the row, and behind it
+    one for each choice of a record that has some."""
+    dataset = Dataset(records, tokenizer, seq_len)
+    dataset.examples = [[row] for row in dataset]
+    records = [record for record in records if not record.plain]  # plain text comes last
+    for rows, record in zip(dataset.examples, records):
+        texts = [encode_turn(tokenizer, record.turns[0][0], choice, bos=True, eos=False) for choice in record.choices]
+        rows += [fit(ids, seq_len + 1) for ids in texts]
+    return dataset
 
 
 # Batches without padding
@@ -411,7 +396,6 @@ class Layout(NamedTuple):
         return x if self.places is None else x.index_select(0, self.places)
 
     def to(self, device: str) -> "Layout":
-        """The same on a device."""
         return Layout(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
 
     def masks(self, window: int | None) -> list[Tensor | None]:
@@ -548,7 +532,7 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
         tokenizer = load_tokenizer(source)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": -1}
         said = read_json(source / "config.json") if (source / "config.json").is_file() else {}
-        ids = {key: said.get(key, id) for key, id in ids.items() if said.get(key, id) != -1}  # -1: there is none
+        ids = {key: id for key, id in (ids | said).items() if key in ids and id != -1}  # -1: there is none
         files["config.json"] = json.dumps(read_json(target / "config.json") | ids, indent=2).encode()
         if not files.keys() & {"tokenizer.json", "tokenizer_config.json"}:
             files["tokenizer_config.json"] = json.dumps(tokenizer.hf_config, indent=2).encode()
