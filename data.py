@@ -77,8 +77,8 @@ def parse_record(record: object) -> Record:
             return Record(parse_messages(messages))
         case {"text": content}:
             return Record([("", as_text(content))], plain=True)
-    raise ValueError(f"unknown record {json.dumps(record)[:60]}; known: instruction + output, prompt + completion, prompt + "
-                     "choices + answer, question + answer, messages, conversations, input + output, text")  # fmt: skip
+    raise ValueError(f"unknown record {json.dumps(record)[:60]}; known: instruction + output, input + output, prompt + "
+                     "completion, prompt + choices + answer, question + answer, messages, conversations, text")  # fmt: skip
 
 
 def parse_messages(messages: object) -> list[tuple[str, str]]:
@@ -159,8 +159,8 @@ def split_records(records: list[Record], share: float, most: int, seed: int) -> 
 
 
 class Tokenizer:
-    """Text to token ids and back, by the package in `model`. Has `vocab_size`, and `bos_id` and `eos_id`, which are -1 if
-    there are no such tokens. hf_config: what Hugging Face's tools need to be told, or they take it for another one."""
+    """Text to token ids and back, by the package in `model`. Has `vocab_size`, and `bos_id` and `eos_id`, which are -1
+    if there are no such tokens. hf_config: what Hugging Face's tools need to be told, or they take it for another one."""
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of a text, between BOS and EOS if asked for."""
@@ -299,10 +299,10 @@ def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 class Dataset:
-    """Rows of token ids, at most seq_len + 1, which make seq_len predictions. ids: int32 [tokens], context complemented.
-    rows: int64 [N, 2], where each begins and ends. records: the multiple-choice ones, for accuracy. prompts_cut,
-    completions_cut: of how many rows these are not whole, as they are too long. groups: the rows that count as one row of
-    a step, each by itself unless they are packed. Raises InputError if there are no two tokens in a row."""
+    """Rows of token ids, at most seq_len + 1, for seq_len predictions. ids: int32 [tokens], context complemented. rows:
+    int64 [N, 2], where each begins and ends. groups: the rows that count as one row of a step, each by itself
+    unless they are packed. records: the multiple-choice ones, for accuracy. prompts_cut, completions_cut: of how many
+    rows these are not whole, as they are too long. Raises InputError if there are no two tokens in a row."""
 
     def __init__(self, records: list[Record], tokenizer: Tokenizer, seq_len: int):
         rows, texts, cut = [], [], np.zeros(2, dtype=int)
@@ -316,7 +316,7 @@ class Dataset:
             for prompt, completion in record.turns:
                 row += encode_turn(tokenizer, prompt, completion, bos=not row, eos=True)
             rows.append(fit(row, seq_len + 1))
-            told, left = np.array(row) >= 0, rows[-1] >= 0
+            told, left = np.array(row) >= 0, rows[-1] >= 0  # completions, as they were and as they are
             cut += (~left).sum() < (~told).sum(), left.sum() < told.sum()
         self.ids, ends = np.concatenate(rows + texts), np.cumsum([0, *map(len, rows)])
         spans, total = list(zip(ends, ends[1:])), len(self.ids)
@@ -419,9 +419,6 @@ def common_beginning(rows: Sequence[np.ndarray]) -> int:
     return int(np.argmax([*(heads != heads[0]).any(0), True]))
 
 
-SPREAD = 1.25  # how many times the shortest row of a group the longest may be: a tenth of attention is padding then
-
-
 def lay_out(examples: Sequence[Sequence[np.ndarray]]) -> tuple[Tensor, Tensor, Layout, list[int]]:
     """Lay examples end to end. The rows of one, ids int32 [tokens] with context complemented, share what they have in
     common at the beginning: it is read once, and the rest of each row is a branch.
@@ -447,17 +444,18 @@ def lay_out(examples: Sequence[Sequence[np.ndarray]]) -> tuple[Tensor, Tensor, L
     counts = [len(targets) for *_, targets in laid]
     joined = (torch.from_numpy(np.concatenate(arrays).astype(np.int64)) for arrays in zip(*laid))
     tokens, positions, branches, predicting, targets = joined
-    groups = [[]]  # of lengths
+    groups = [[]]  # of lengths, the longest at most 1.25 times the shortest: a tenth of attention is padding then
     for length in lengths:
-        if groups[-1] and max(*groups[-1], length) > SPREAD * min(*groups[-1], length):
+        if groups[-1] and max(*groups[-1], length) > 1.25 * min(*groups[-1], length):
             groups.append([])
         groups[-1].append(length)
     shapes = [(len(group), max(*group, 1)) for group in groups]
     begins = np.cumsum([0] + [T for B, T in shapes for _ in range(B)])
     places = torch.cat([torch.arange(begin, begin + length) for begin, length in zip(begins, lengths)])
-    layout = Layout(shapes, positions, None if n == begins[-1] else places,
-                    None if predicting.equal(torch.arange(n)) else predicting, branches if branches.any() else None)  # fmt: skip
-    return tokens, targets, layout, counts
+    places = None if n == begins[-1] else places
+    predicting = None if predicting.equal(torch.arange(n)) else predicting
+    branches = branches if branches.any() else None
+    return tokens, targets, Layout(shapes, positions, places, predicting, branches), counts
 
 
 # Files
