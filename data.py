@@ -111,11 +111,9 @@ def as_text(value: object) -> str:
 
 
 def load_records(path: str | Path) -> list[Record]:
-    """Read a text file (`.txt`) or JSON: a list of records, {"type", "instances"}, or one record after another.
-    Those without anything to learn, as every completion is empty, are left out, with a warning.
-
-    Raises InputError, with the line's or the record's number, for what cannot be read.
-    """
+    """Read a text file (`.txt`) or JSON: a list of records, {"type", "instances"}, or one record after another. Those
+    without anything to learn, as every completion is empty, are left out, with a warning. Raises InputError, with the
+    line's or the record's number, for what cannot be read, and OSError for a file that is not there."""
     path = Path(path)
     if path.suffix == ".txt":
         return [Record([("", read_text(path))], plain=True)]
@@ -421,12 +419,11 @@ def common_beginning(rows: Sequence[np.ndarray]) -> int:
 
 def lay_out(examples: Sequence[Sequence[np.ndarray]]) -> tuple[Tensor, Tensor, Layout, list[int]]:
     """Lay examples end to end. The rows of one, ids int32 [tokens] with context complemented, share what they have in
-    common at the beginning: it is read once, and the rest of each row is a branch.
+    common at the beginning: it is read once, and the rest of each row is a branch. Put like lengths side by side: what
+    follows one another is a group as long as that pads little.
 
     Returns tokens int64 [N], targets int64 [K], their layout, and the number of targets in each example's common
-    beginning, and then in the rest of each of its rows, example by example. Put like lengths side by side: what follows
-    one another is a group as long as that pads little.
-    """
+    beginning, and then in the rest of each of its rows, example by example."""
     laid, lengths, n = [], [], 0  # laid: tokens, positions, branches, predicting and targets of each part
     for rows in examples:
         common, begun = common_beginning(rows), n

@@ -1123,6 +1123,13 @@ def test_each_target_is_predicted_from_what_stands_before_it_in_its_row_and_noth
     assert len(tokens) <= sum(len(row) - 1 for row in itertools.chain(*examples))
 
 
+def test_choices_of_one_token_need_no_mask():
+    rows = [np.array([~1, 5, choice]) for choice in (6, 7, 8)]
+    tokens, targets, layout, counts = data.lay_out([rows])
+    assert (tokens.tolist(), targets.tolist(), counts) == ([1, 5], [5, 6, 7, 8], [1, 1, 1, 1])
+    assert layout.predicting.tolist() == [0, 1, 1, 1] and layout.masks(None) == [None]
+
+
 def test_packed_rows_hold_each_row_once_and_no_more_than_fit():
     rows = [{"prompt": "p" * (n % 23), "completion": "c" * (1 + n % 5)} for n in range(80)]
     dataset = Dataset([parse_record(row) for row in rows], Letters(), seq_len=30)
