@@ -11,13 +11,13 @@ import argparse
 import base64
 import contextlib
 import json
+import math
 import os
 import re
 import signal
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,13 +33,12 @@ TINY = Path(__file__).parent / "tiny"  # the embedded default: a small checkpoin
 # Records
 
 
-@dataclass
-class Record:
+class Record(NamedTuple):
     """One example: turns of (prompt, completion), or plain text as the completion of an empty prompt. A multiple-choice
     record also has its `choices`, the possible completions, and `answer`, the index of the right one."""
 
     turns: list[tuple[str, str]]
-    choices: list[str] = field(default_factory=list)
+    choices: Sequence[str] = ()
     answer: int = 0
     plain: bool = False
 
@@ -47,10 +46,9 @@ class Record:
 def alpaca_prompt(instruction: str, context: str = "") -> str:
     """The prompt of Alpaca (Taori et al., 2023), with which commonsense-170k is trained and evaluated, too."""
     paired = ", paired with an input that provides further context" if context else ""
-    start = f"Below is an instruction that describes a task{paired}."
-    start += " Write a response that appropriately completes the request.\n\n"
     context = f"### Input:\n{context}\n\n" if context else ""
-    return f"{start}### Instruction:\n{instruction}\n\n{context}### Response:\n"
+    return (f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
+            f"request.\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n")  # fmt: skip
 
 
 def parse_record(record: object) -> Record:
@@ -60,8 +58,7 @@ def parse_record(record: object) -> Record:
             prompt, output = alpaca_prompt(as_text(instruction), as_text(record.get("input") or "")), as_text(output)
             options = re.search(r"Answer format: *(\S+)\s*$", instruction)
             names = [name for name in options[1].split("/") if name] if options else []
-            answer = record.get("answer")
-            if answer in names and output.endswith(answer):
+            if (answer := record.get("answer")) in names and output.endswith(answer):
                 choices = [output.removesuffix(answer) + name for name in names]
                 return Record([(prompt, output)], choices, names.index(answer))
             return Record([(prompt, output)])
@@ -74,17 +71,14 @@ def parse_record(record: object) -> Record:
             return Record([(as_text(prompt), choices[answer])], choices, answer)
         case {"prompt": prompt, "completion": completion} | {"input": prompt, "output": completion}:
             return Record([(as_text(prompt), as_text(completion))])
-        case {"question": question, "answer": answer, "choices": choices}:
-            return parse_record({"prompt": alpaca_prompt(as_text(question)), "choices": choices, "answer": answer})
         case {"question": question, "answer": answer}:
-            return Record([(alpaca_prompt(as_text(question)), as_text(answer))])
+            return parse_record(record | {"prompt": alpaca_prompt(as_text(question)), "completion": answer})
         case {"messages": messages} | {"conversations": messages}:
             return Record(parse_messages(messages))
         case {"text": content}:
             return Record([("", as_text(content))], plain=True)
-    known = "instruction + output, prompt + completion, prompt + choices + answer, question + answer, messages, "
-    known += "conversations, input + output, text"
-    raise ValueError(f"unknown record {json.dumps(record)[:60]}; known are those with {known}")
+    raise ValueError(f"unknown record {json.dumps(record)[:60]}; known: instruction + output, input + output, prompt + "
+                     "completion, prompt + choices + answer, question + answer, messages, conversations, text")  # fmt: skip
 
 
 def parse_messages(messages: object) -> list[tuple[str, str]]:
@@ -100,8 +94,9 @@ def parse_messages(messages: object) -> list[tuple[str, str]]:
                 turns.append((prompt + "### Response:\n", as_text(content)))
                 prompt = ""
             case _:
-                raise ValueError('messages must be a list of {"role": system, user or assistant, "content"}, '
-                                 'conversations of {"from": system, human or gpt, "value"}')  # fmt: skip
+                raise ValueError(
+                    "a message has role (system, user, assistant) and content, or from (human, gpt) and value"
+                )
     if not turns:
         raise ValueError("has no message of an assistant to train on")
     return turns
@@ -116,42 +111,28 @@ def as_text(value: object) -> str:
 
 
 def load_records(path: str | Path) -> list[Record]:
-    """Read a text file (`.txt`) or JSON: a list of records, one record, {"type", "instances"}, or a record per line.
-    Those without anything to learn, as every completion is empty, are left out, with a warning.
-
-    Raises InputError, with the line's or the record's number, for what cannot be read.
-    """
+    """Read a text file (`.txt`) or JSON: a list of records, {"type", "instances"}, or one record after another. Those
+    without anything to learn, as every completion is empty, are left out, with a warning. Raises InputError, with the
+    line's or the record's number, for what cannot be read, and OSError for a file that is not there."""
     path = Path(path)
-    content = read_text(path)
     if path.suffix == ".txt":
-        return [Record([("", content)], plain=True)]
-    try:
-        value = parse_json(content, path, 1)
-    except InputError:
-        if path.suffix == ".json":
-            raise
-        lines = enumerate(content.split("\n"), 1)  # splitlines() also cuts at characters that JSON strings may hold
-        found = [(f"line {n}", parse_json(line, path, n)) for n, line in lines if line.strip()]
-    else:
-        match value:
-            case list(values) | {"type": "text_only" | "text2text", "instances": list(values)}:
-                found = [(f"record {n}", value) for n, value in enumerate(values, 1)]
-            case {"instances": _}:
-                raise InputError(f'{path}: "type" must be text_only or text2text, and "instances" a list')
-            case _:
-                found = [("record 1", value)]
-    records = []
-    for place, value in found:
+        return [Record([("", read_text(path))], plain=True)]
+    kind, found, records = "line", parse_json(path), []
+    match found:
+        case [(_, list(values) | {"type": "text_only" | "text2text", "instances": list(values)})]:
+            kind, found = "record", enumerate(values, 1)
+        case [(_, {"instances": _})]:
+            raise InputError(f'{path}: "type" must be text_only or text2text, and "instances" a list')
+    for number, value in found:
         try:
             records.append(parse_record(value))
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: {place}: {error}") from None
+            raise InputError(f"{path}: {kind} {number}: {error}") from None
     full = [record for record in records if any(completion.strip() for _, completion in record.turns)]
     if not full:
         raise InputError(f"{path}: holds no records" + " but with empty completions" * bool(records))
-    if len(full) < len(records):
-        empty = f"{len(records) - len(full)} of {len(records)}"
-        warnings.warn(f"{path}: {empty} records have an empty completion: left out", stacklevel=2)
+    if empty := len(records) - len(full):
+        warnings.warn(f"{path}: {empty} of {len(records)} records have an empty completion: left out", stacklevel=2)
     return full
 
 
@@ -162,22 +143,22 @@ def split_records(records: list[Record], share: float, most: int, seed: int) -> 
         content = records[0].turns[0][1]
         end = int(len(content) * (1 - share))
         cut = content.rfind("\n", 0, end) + 1 or end
-        if not content[:cut].strip() or not content[cut:].strip():
-            raise InputError("--data: the text is too short to hold a part out for validation; give --val-data")
-        return [Record([("", content[:cut])], plain=True)], [Record([("", content[cut:])], plain=True)]
-    held = min(max(1, round(len(records) * share)), most)
-    if held >= len(records):
-        raise InputError("--data: one record cannot be split for validation; add records or give --val-data")
-    order = np.random.default_rng(seed).permutation(len(records))
-    return [records[i] for i in sorted(order[held:])], [records[i] for i in sorted(order[:held])]
+        parts = [[Record([("", text)], plain=True)] * bool(text.strip()) for text in (content[:cut], content[cut:])]
+    else:
+        held = min(max(1, round(len(records) * share)), most)
+        order = np.random.default_rng(seed).permutation(len(records))
+        parts = [[records[i] for i in sorted(part)] for part in (order[held:], order[:held])]
+    if not all(parts):
+        raise InputError("--data: one record, or a text too short, cannot be split for validation; give --val-data")
+    return tuple(parts)
 
 
 # Tokenizers
 
 
 class Tokenizer:
-    """Text to token ids and back, by the package in `model`. Has `vocab_size`, and `bos_id` and `eos_id`, which are -1 if
-    there are no such tokens."""
+    """Text to token ids and back, by the package in `model`. Has `vocab_size`, and `bos_id` and `eos_id`, which are -1
+    if there are no such tokens. hf_config: what Hugging Face's tools need to be told, or they take it for another one."""
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of a text, between BOS and EOS if asked for."""
@@ -199,26 +180,27 @@ class SentencePieceTokenizer(Tokenizer):
         self.model = sentencepiece.SentencePieceProcessor()
         self.model.LoadFromSerializedProto(raw)
         self.vocab_size, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.model.unk_id()}
+        self.hf_config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
+        self.hf_config |= {key: self.model.id_to_piece(id) for key, id in ids.items() if id >= 0}
 
 
 class TiktokenTokenizer(Tokenizer):
     """LLaMA-3: byte-pair ranks, then 256 special tokens, the first two of which are BOS and EOS."""
 
     # How text is split before pairs are merged: GPT-4's pattern, as LLaMA-3 uses it
-    PATTERN = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
-    )
+    PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    PATTERN += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    hf_config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    hf_config |= {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
 
     def __init__(self, raw: bytes):
         import tiktoken
 
-        ranks = {}
-        for number, line in enumerate(raw.splitlines()):
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-            if int(rank) != number or len(ranks) != number + 1:
-                raise ValueError(f"line {number + 1} does not hold rank {number}")
+        lines = map(bytes.split, raw.splitlines())
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        if list(ranks.values()) != list(range(len(ranks))):
+            raise ValueError("its ranks do not count up from 0, each with another token")
         # tiktoken is not told of the special tokens: where a text spells one out, it is text.
         self.model = tiktoken.Encoding("llama3", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={})
         self.bos_id, self.eos_id, self.vocab_size = len(ranks), len(ranks) + 1, len(ranks) + 256
@@ -239,28 +221,21 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, raw: bytes, folder: Path):
         import tokenizers
 
-        try:
-            self.model = tokenizers.Tokenizer.from_buffer(raw)
-        except Exception as error:  # the package raises no other
-            raise ValueError(error) from None
+        self.model = tokenizers.Tokenizer.from_buffer(raw)
         self.model.no_truncation()  # what it was last used with may be saved in it
         self.model.no_padding()
         self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.bos_id, self.eos_id = self.special(folder, "bos_token"), self.special(folder, "eos_token")
-
-    def special(self, folder: Path, key: str) -> int:
-        """The id of "bos_token" or "eos_token"."""
-        files = folder / "tokenizer_config.json", folder / "config.json"
+        files, ids = (folder / "tokenizer_config.json", folder / "config.json"), []
         settings, config = (read_json(file) if file.is_file() else {} for file in files)
-        if key in settings:
-            token = settings[key].get("content") if isinstance(settings[key], dict) else settings[key]
-            id = -1 if token is None else self.model.token_to_id(str(token))
-        else:
-            id = config.get(f"{key}_id", -1)
-            id = id[0] if isinstance(id, list) and id else id  # chat models may end in one of several
-        if not isinstance(id, int | None) or id is None and settings.get(key):
-            raise ValueError(f"its {key} is not one of its tokens")
-        return -1 if id is None else id
+        for key in ("bos_token", "eos_token"):
+            token = settings.get(key, config.get(f"{key}_id"))
+            token = token.get("content") if isinstance(token, dict) else token
+            token = token[0] if isinstance(token, list) and token else token  # chat models may end in one of several
+            id = self.model.token_to_id(token) if isinstance(token, str) else token
+            if not isinstance(id, int | None) or id is None and token:
+                raise ValueError(f"its {key} is not one of its tokens")
+            ids.append(-1 if id is None else id)
+        self.bos_id, self.eos_id = ids
 
     def encode_text(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
@@ -281,7 +256,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return TiktokenTokenizer(raw) if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw) else SentencePieceTokenizer(raw)
     except ImportError as error:
         raise InputError(f"{path}: this tokenizer needs one more package: pip install {error.name}") from None
-    except (RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # the package tokenizers raises no narrower one
         raise InputError(f"{path}: not a tokenizer ({str(error)[:100]}); copy the model's own there") from None
 
 
@@ -292,94 +267,68 @@ def encode_turn(tokenizer: Tokenizer, prompt: str, completion: str, bos: bool, e
     """Ids of prompt + completion, tokenised as one text, those of the prompt complemented. A token across the border
     belongs to the completion."""
     ids, context = tokenizer.encode(prompt + completion, bos, eos), tokenizer.encode(prompt, bos)
-    border = next((n for n, (a, b) in enumerate(zip(context, ids)) if a != b), len(context))
+    border = len(os.path.commonprefix([context, ids]))
     return [~i for i in ids[:border]] + ids[border:]
 
 
-def fit(ids: list[int], length: int) -> list[int]:
-    """Shorten a row to `length` tokens: behind BOS, from the prompt's left, and if that is not enough, from the end."""
+def fit(ids: list[int], length: int) -> np.ndarray:
+    """Shorten a row to `length` tokens, behind BOS, from the prompt's left, and if that is not enough, from the end."""
     prompt = next((n for n, i in enumerate(ids) if i >= 0), len(ids))
     cut = max(0, min(len(ids) - length, prompt - 1))
-    return (ids[:1] + ids[1 + cut :])[:length]
+    return np.array((ids[:1] + ids[1 + cut :])[:length], dtype=np.int32)
 
 
 def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """The same ids as `tokenizer.encode(text, bos=False)`, int32 [tokens], but encoded line by line: the time that
     SentencePiece takes grows with the square of a text's length."""
-    if isinstance(tokenizer, HuggingFaceTokenizer):  # its time does not, and how it treats newlines is up to its file
-        return np.array(tokenizer.encode(text, bos=False), dtype=np.int32)
-    # Blank lines stay with the line before them, as LLaMA-3 has tokens of several newlines.
-    first, *lines = re.split(r"(?<=\n)(?=[^\S\r\n]*\S)", text)
+    # Blank lines stay with the line before them, as LLaMA-3 has tokens of several newlines. What a tokenizer.json does
+    # with newlines is up to it, and its time does not grow so.
+    lines = [text] if isinstance(tokenizer, HuggingFaceTokenizer) else re.split(r"(?<=\n)(?=[^\S\r\n]*\S)", text)
     # SentencePiece puts a blank before each text. After a newline it does not, so we encode one and leave it out.
     newline = tokenizer.encode("\n", bos=False)
-    ids = array("i", tokenizer.encode(first, bos=False))
-    for line in tqdm(lines, "tokenising lines", leave=False, disable=None):
+    ids = array("i", tokenizer.encode(lines[0], bos=False))
+    for line in tqdm(lines[1:], "tokenising lines", leave=False, disable=None):
         line_ids = tokenizer.encode("\n" + line, bos=False)
         if line_ids[: len(newline)] != newline:  # this vocabulary merges across lines
-            return np.array(tokenizer.encode(text, bos=False), dtype=np.int32)
+            ids = array("i", tokenizer.encode(text, bos=False))
+            break
         ids.extend(line_ids[len(newline) :])
-    return np.array(ids, dtype=np.int32)
+    return np.array(ids)
 
 
-def build_dataset(records: list[Record], tokenizer: Tokenizer, seq_len: int, eos: bool = True) -> "Dataset":
-    """Rows of at most seq_len + 1 tokens, which make seq_len predictions. eos: end each completion with the end-of-text
-    token. Raises InputError if there are no two tokens in a row."""
-    rows, texts, cut = [], [], np.zeros(2, dtype=int)
-    text_bos = ~np.array(tokenizer.encode(""), dtype=np.int32)
-    text_eos = np.array(tokenizer.encode("", bos=False, eos=len(records) > 1), dtype=np.int32)
-    for record in tqdm(records, "tokenising", leave=False, disable=None):
-        if record.plain:
-            texts += [text_bos, encode_long(tokenizer, record.turns[0][1]), text_eos]
-            continue
-        row = []
-        for prompt, completion in record.turns:
-            row += encode_turn(tokenizer, prompt, completion, bos=not row, eos=eos)
-        rows.append(np.array(fit(row, seq_len + 1), dtype=np.int32))
-        told = [sum(id >= 0 for id in ids) for ids in (row, rows[-1])]
-        cut += len(row) > seq_len + 1 and (told[0] - told[1] < len(row) - seq_len - 1, told[1] < told[0])
-    ends = np.cumsum([0] + [len(row) for row in rows])
-    spans = list(zip(ends, ends[1:]))
-    # Plain texts follow one another. The last token of a row is the first of the next: each is predicted once.
-    total = ends[-1] + sum(map(len, texts))
-    spans += [(n, min(n + seq_len + 1, total)) for n in range(ends[-1], total - 1, seq_len)]
-    if not spans:
-        raise InputError("--data: too short: not two tokens of text in a row")
-    return Dataset(np.concatenate(rows + texts), np.array(spans), [r for r in records if r.choices], *cut.tolist())
-
-
-def build_validation(records: list[Record], tokenizer: Tokenizer, seq_len: int) -> "Dataset":
-    """`build_dataset`, with `examples`, what a model is evaluated on: for each row of the dataset the row, and behind it
-    one for each choice of a record that has some."""
-    dataset = build_dataset(records, tokenizer, seq_len)
-    dataset.examples = [[row] for row in dataset]
-    texts = [Record([(record.turns[0][0], choice)]) for record in dataset.records for choice in record.choices]
-    choices = iter(build_dataset(texts, tokenizer, seq_len, eos=False) if texts else ())
-    for rows, record in zip(
-        dataset.examples, (record for record in records if not record.plain)
-    ):  # plain text comes last
-        rows += [next(choices) for _ in record.choices]
-    return dataset
-
-
-@dataclass
 class Dataset:
-    """Rows of token ids. ids: int32 [tokens], context complemented. rows: int64 [N, 2], where each begins and ends.
-    records: the multiple-choice ones, for accuracy. prompts_cut, completions_cut: of how many rows these are not whole, as
-    they are too long. groups: the rows that count as one row of a step, each by itself unless they are packed."""
+    """Rows of token ids, at most seq_len + 1, for seq_len predictions. ids: int32 [tokens], context complemented. rows:
+    int64 [N, 2], where each begins and ends. groups: the rows that count as one row of a step, each by itself
+    unless they are packed. records: the multiple-choice ones, for accuracy. prompts_cut, completions_cut: of how many
+    rows these are not whole, as they are too long. Raises InputError if there are no two tokens in a row."""
 
-    ids: np.ndarray
-    rows: np.ndarray
-    records: list[Record]
-    prompts_cut: int = 0
-    completions_cut: int = 0
-
-    def __post_init__(self):
-        self.groups = [[n] for n in range(len(self.rows))]
+    def __init__(self, records: list[Record], tokenizer: Tokenizer, seq_len: int):
+        rows, texts, cut = [], [], np.zeros(2, dtype=int)
+        text_bos = ~np.array(tokenizer.encode(""), dtype=np.int32)
+        text_eos = np.array(tokenizer.encode("", bos=False, eos=len(records) > 1), dtype=np.int32)
+        for record in tqdm(records, "tokenising", leave=False, disable=None):
+            if record.plain:
+                texts += [text_bos, encode_long(tokenizer, record.turns[0][1]), text_eos]
+                continue
+            row = []
+            for prompt, completion in record.turns:
+                row += encode_turn(tokenizer, prompt, completion, bos=not row, eos=True)
+            rows.append(fit(row, seq_len + 1))
+            told, left = np.array(row) >= 0, rows[-1] >= 0  # completions, as they were and as they are
+            cut += (~left).sum() < (~told).sum(), left.sum() < told.sum()
+        self.ids, ends = np.concatenate(rows + texts), np.cumsum([0, *map(len, rows)])
+        spans, total = list(zip(ends, ends[1:])), len(self.ids)
+        # Plain texts follow one another. The last token of a row is the first of the next: each is predicted once.
+        spans += [(n, min(n + seq_len + 1, total)) for n in range(ends[-1], total - 1, seq_len)]
+        if not spans:
+            raise InputError("--data: too short: not two tokens of text in a row")
+        self.rows, self.groups = np.array(spans), [[n] for n in range(len(spans))]
+        self.records = [record for record in records if record.choices]
+        self.prompts_cut, self.completions_cut = cut.tolist()
 
     def __getitem__(self, n: int) -> np.ndarray:
         """The ids of a row, int32 [tokens]."""
-        begin, end = self.rows[n]
-        return self.ids[begin:end]
+        return self.ids[slice(*self.rows[n])]
 
     def batch(self, index: Sequence[int]) -> tuple[Tensor, Tensor, "Layout"]:
         """Tokens int64 [N] and targets [K] of the rows `index`, laid end to end, shortest first, and their layout."""
@@ -401,6 +350,18 @@ class Dataset:
         """The tokens of at most `count` rows drawn at random, int64 [1, T] each, to calibrate on."""
         order = np.random.default_rng(seed).permutation(len(self.rows))[:count]
         return [self.batch([n])[0][None] for n in order]
+
+
+def build_validation(records: list[Record], tokenizer: Tokenizer, seq_len: int) -> Dataset:
+    """A dataset with `examples`, what a model is evaluated on: for each row of the dataset the row, and behind it
+    one for each choice of a record that has some."""
+    dataset = Dataset(records, tokenizer, seq_len)
+    dataset.examples = [[row] for row in dataset]
+    records = [record for record in records if not record.plain]  # plain text comes last
+    for rows, record in zip(dataset.examples, records):
+        texts = [encode_turn(tokenizer, record.turns[0][0], choice, bos=True, eos=False) for choice in record.choices]
+        rows += [fit(ids, seq_len + 1) for ids in texts]
+    return dataset
 
 
 # Batches without padding
@@ -433,22 +394,20 @@ class Layout(NamedTuple):
         return x if self.places is None else x.index_select(0, self.places)
 
     def to(self, device: str) -> "Layout":
-        """The same on a device."""
         return Layout(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
 
     def masks(self, window: int | None) -> list[Tensor | None]:
-        """What each token of a group may see: bool [B or 1, 1, T, T], None if that is all before it, and itself."""
-        masks = []
-        positions = self.pad(self.positions)
-        branches = [None] * len(self.shapes) if self.branches is None else self.pad(self.branches)
-        for (_, T), position, branch in zip(self.shapes, positions, branches):
-            order = torch.arange(T, device=position.device)
-            seen = (order[:, None] >= order)[None]  # [1, T, T]
-            if branch is not None:
-                seen = seen & ((branch[:, None] == 0) | (branch[:, None] == branch[:, :, None]))
-            if window is not None and T > window:
-                seen = seen & (position[:, :, None] - position[:, None] < window)
-            masks.append(None if branch is None and (window is None or T <= window) else seen[:, None])
+        """What each token of a group may see: bool [B, 1, T, T], None if that is all before it, and itself."""
+        masks, window = [], window or math.inf
+        branches = torch.zeros_like(self.positions) if self.branches is None else self.branches
+        for (_, T), position, branch in zip(self.shapes, self.pad(self.positions), self.pad(branches)):
+            seen = None
+            if self.branches is not None or T > window:
+                order = torch.arange(T, device=position.device)
+                near = position[:, :, None] - position[:, None] < window  # [B, T, T]
+                joined = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
+                seen = (near & joined & (order[:, None] >= order))[:, None]
+            masks.append(seen)
         return masks
 
 
@@ -458,18 +417,14 @@ def common_beginning(rows: Sequence[np.ndarray]) -> int:
     return int(np.argmax([*(heads != heads[0]).any(0), True]))
 
 
-SPREAD = 1.25  # how many times the shortest row of a group the longest may be: a tenth of attention is padding then
-
-
 def lay_out(examples: Sequence[Sequence[np.ndarray]]) -> tuple[Tensor, Tensor, Layout, list[int]]:
     """Lay examples end to end. The rows of one, ids int32 [tokens] with context complemented, share what they have in
-    common at the beginning: it is read once, and the rest of each row is a branch.
+    common at the beginning: it is read once, and the rest of each row is a branch. Put like lengths side by side: what
+    follows one another is a group as long as that pads little.
 
     Returns tokens int64 [N], targets int64 [K], their layout, and the number of targets in each example's common
-    beginning, and then in the rest of each of its rows, example by example. Put like lengths side by side: what follows
-    one another is a group as long as that pads little.
-    """
-    tokens, positions, branches, predicting, targets, counts, lengths, n = [], [], [], [], [], [], [], 0
+    beginning, and then in the rest of each of its rows, example by example."""
+    laid, lengths, n = [], [], 0  # laid: tokens, positions, branches, predicting and targets of each part
     for rows in examples:
         common, begun = common_beginning(rows), n
         parts = [(rows[0][:common], rows[0][1:common])]  # what is read, and what is to be predicted
@@ -478,29 +433,26 @@ def lay_out(examples: Sequence[Sequence[np.ndarray]]) -> tuple[Tensor, Tensor, L
             readers = np.arange(n, n + len(read))
             if branch and common:  # it goes on from the last token of the common beginning
                 readers = np.append(begun + common - 1, readers)
-            tokens.append(np.where(read < 0, ~read, read))
-            positions.append(np.arange(len(read)) + common * (branch > 0))
-            branches.append(np.full(len(read), branch))
-            predicting.append(readers[: len(told)][told >= 0])
-            targets.append(told[told >= 0])
-            counts.append(len(targets[-1]))
+            tokens, positions = np.where(read < 0, ~read, read), np.arange(len(read)) + common * (branch > 0)
+            predicting, targets = readers[: len(told)][told >= 0], told[told >= 0]
+            laid.append((tokens, positions, np.full(len(read), branch), predicting, targets))
             n += len(read)
         lengths.append(n - begun)
-    tokens, positions, branches, predicting, targets = (
-        torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in (tokens, positions, branches, predicting, targets)
-    )
-    groups = [[]]  # of lengths
+    counts = [len(targets) for *_, targets in laid]
+    joined = (torch.from_numpy(np.concatenate(arrays).astype(np.int64)) for arrays in zip(*laid))
+    tokens, positions, branches, predicting, targets = joined
+    groups = [[]]  # of lengths, the longest at most 1.25 times the shortest: a tenth of attention is padding then
     for length in lengths:
-        if groups[-1] and max(*groups[-1], length) > SPREAD * min(*groups[-1], length):
+        if groups[-1] and max(*groups[-1], length) > 1.25 * min(*groups[-1], length):
             groups.append([])
         groups[-1].append(length)
     shapes = [(len(group), max(*group, 1)) for group in groups]
     begins = np.cumsum([0] + [T for B, T in shapes for _ in range(B)])
     places = torch.cat([torch.arange(begin, begin + length) for begin, length in zip(begins, lengths)])
-    single = all(len(rows) == 1 for rows in examples)
-    layout = Layout(shapes, positions, None if n == begins[-1] else places,
-                    None if single and len(targets) == n else predicting, None if single else branches)  # fmt: skip
-    return tokens, targets, layout, counts
+    places = None if n == begins[-1] else places
+    predicting = None if predicting.equal(torch.arange(n)) else predicting
+    branches = branches if branches.any() else None
+    return tokens, targets, Layout(shapes, positions, places, predicting, branches), counts
 
 
 # Files
@@ -516,15 +468,13 @@ FOREIGN |= dict.fromkeys((".pth", ".pt", ".bin", ".safetensors", ".gguf"), "a fi
 
 
 def read_text(path: Path) -> str:
-    """A whole text file. Raises InputError if it is missing, empty or not UTF-8."""
+    """A whole text file. Raises InputError if it is empty or not UTF-8, OSError if it is missing."""
     if path.is_file() and path.suffix.lower() in FOREIGN:
         raise InputError(f"{path}: {FOREIGN[path.suffix.lower()]}; convert it to text (.txt), JSON or JSON lines")
     try:
         content = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
     if not content.strip():
         raise InputError(f"{path}: empty")
     return content
@@ -532,20 +482,24 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises InputError, with the line, if it is malformed or something else."""
-    value = parse_json(read_text(path), path, 1)
-    if not isinstance(value, dict):
+    values = parse_json(path)
+    if len(values) > 1 or not isinstance(values[0][1], dict):
         raise InputError(f"{path}: not a JSON object; fetch it again")
-    return value
+    return values[0][1]
 
 
-def parse_json(text: str, path: Path, line: int) -> object:
-    """The value of JSON that begins at line `line` of a file."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: line {line + error.lineno - 1}: malformed JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: line {line}: JSON that cannot be read: {error}") from None
+def parse_json(path: Path) -> list[tuple[int, object]]:
+    """The values in a file of JSON, one after another, each with the line that it begins on."""
+    text, values, line, begin, end = read_text(path), [], 1, 0, 0
+    while something := re.compile(r"[^ \t\r\n]").search(text, end):
+        line += text.count("\n", begin, something.start())
+        begin = something.start()
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, begin)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: the JSON that begins on line {line} cannot be read: {error}") from None
+        values.append((line, value))
+    return values
 
 
 @contextlib.contextmanager
@@ -573,24 +527,14 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
         tokenizer = load_tokenizer(source)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": -1}
         said = read_json(source / "config.json") if (source / "config.json").is_file() else {}
-        ids = {key: said.get(key, id) for key, id in ids.items() if said.get(key, id) != -1}  # -1: there is none
+        ids = {key: id for key, id in (ids | said).items() if key in ids and id != -1}  # -1: there is none
         files["config.json"] = json.dumps(read_json(target / "config.json") | ids, indent=2).encode()
         if not files.keys() & {"tokenizer.json", "tokenizer_config.json"}:
-            files["tokenizer_config.json"] = json.dumps(hf_tokenizer_config(tokenizer), indent=2).encode()
+            files["tokenizer_config.json"] = json.dumps(tokenizer.hf_config, indent=2).encode()
     for name, content in files.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target / name) as file:
             file.write(content)
-
-
-def hf_tokenizer_config(tokenizer: Tokenizer) -> dict:
-    """What Hugging Face's tools need to be told, or they take LLaMA's tokenizer for another one."""
-    if isinstance(tokenizer, TiktokenTokenizer):
-        names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-        return {"tokenizer_class": "PreTrainedTokenizerFast"} | names
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.model.unk_id()}
-    names = {key: tokenizer.model.id_to_piece(id) for key, id in ids.items() if id >= 0}
-    return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False} | names
 
 
 def at_least(least: float, kind: type = int, most: float = 2**31 - 1) -> Callable[[str], float]:

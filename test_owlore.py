@@ -45,7 +45,7 @@ import data
 import model as model_module
 import owlore
 import train
-from data import InputError, Record, build_dataset, build_validation, encode_turn, fit, load_records
+from data import Dataset, InputError, Record, build_validation, encode_turn, fit, load_records
 from data import load_tokenizer, parse_record
 from model import (
     ChunkedCrossEntropy,
@@ -1011,13 +1011,13 @@ def test_a_run_on_a_folder_with_tokenizer_json_alone_hands_it_on(tokenizer_json,
 
 def targets_of(records: list[dict], seq_len: int) -> list[list[int]]:
     """What each row is trained on."""
-    dataset = build_dataset([parse_record(record) for record in records], Letters(), seq_len)
+    dataset = Dataset([parse_record(record) for record in records], Letters(), seq_len)
     return [dataset.batch([n])[1].tolist() for n in range(len(dataset.rows))]
 
 
 def test_loss_is_on_completions_and_their_end_only():
     rows = [{"prompt": "xyz", "completion": "uv"}, {"prompt": "", "completion": "u"}]
-    dataset = build_dataset([parse_record(row) for row in rows], Letters(), seq_len=20)
+    dataset = Dataset([parse_record(row) for row in rows], Letters(), seq_len=20)
     tokens, targets, layout = dataset.batch([0, 1])
     assert tokens.tolist() == [1, ord("u"), 1, *map(ord, "xyzuv")] and layout.shapes == [(1, 2), (1, 6)]
     assert targets.tolist() == [ord("u"), 2, ord("u"), ord("v"), 2] and layout.predicting.tolist() == [0, 1, 5, 6, 7]
@@ -1031,18 +1031,18 @@ def test_a_token_across_the_border_belongs_to_the_completion():
 
 def test_a_second_turn_is_context_again():
     assert targets_of([CHAT], 500) == [[*map(ord, "hello"), 2, *map(ord, "ciao"), 2]]
-    dataset = build_dataset([parse_record(CHAT)], Letters(), 500)
+    dataset = Dataset([parse_record(CHAT)], Letters(), 500)
     assert dataset.ids.tolist().count(~1) == 1 and dataset.ids.min() >= ~ord("z")
 
 
 def test_cut_rows_are_counted_by_what_was_cut():
     records = [("xyz", "uv"), ("xyz", "u"), ("a", "b"), ("", "uvwxyz"), ("xy", "uvwxyz")]
     records = [parse_record({"prompt": prompt, "completion": completion}) for prompt, completion in records]
-    dataset = build_dataset(records, Letters(), seq_len=5)  # of them 1, 0 and 0 lose some prompt, the last two the end
+    dataset = Dataset(records, Letters(), seq_len=5)  # of them 1, 0 and 0 lose some prompt, the last two the end
     assert [len(row) for row in dataset] == [6, 6, 3, 6, 6]
     assert (dataset.prompts_cut, dataset.completions_cut) == (2, 2)
     with pytest.raises(InputError, match="short"):
-        build_dataset([Record([("", "")], plain=True)], Letters(), 5)
+        Dataset([Record([("", "")], plain=True)], Letters(), 5)
 
 
 @pytest.mark.parametrize("blank", ["", " \n"])
@@ -1080,7 +1080,7 @@ def test_plain_text_rows_predict_each_token_once(texts, seq_len):
 
 
 def test_samples_are_rows_drawn_by_seed():
-    dataset = build_dataset([Record([("", "abcdefgh" * 40)], plain=True)], Letters(), seq_len=7)
+    dataset = Dataset([Record([("", "abcdefgh" * 40)], plain=True)], Letters(), seq_len=7)
     rows = [[dataset.batch([n])[0].tolist()] for n in range(len(dataset.rows))]
     first, again, other = ([tokens.tolist() for tokens in dataset.sample(5, seed)] for seed in (0, 0, 1))
     assert first == again != other and len(first) == 5 and all(tokens in rows for tokens in first)
@@ -1123,9 +1123,16 @@ def test_each_target_is_predicted_from_what_stands_before_it_in_its_row_and_noth
     assert len(tokens) <= sum(len(row) - 1 for row in itertools.chain(*examples))
 
 
+def test_choices_of_one_token_need_no_mask():
+    rows = [np.array([~1, 5, choice]) for choice in (6, 7, 8)]
+    tokens, targets, layout, counts = data.lay_out([rows])
+    assert (tokens.tolist(), targets.tolist(), counts) == ([1, 5], [5, 6, 7, 8], [1, 1, 1, 1])
+    assert layout.predicting.tolist() == [0, 1, 1, 1] and layout.masks(None) == [None]
+
+
 def test_packed_rows_hold_each_row_once_and_no_more_than_fit():
     rows = [{"prompt": "p" * (n % 23), "completion": "c" * (1 + n % 5)} for n in range(80)]
-    dataset = build_dataset([parse_record(row) for row in rows], Letters(), seq_len=30)
+    dataset = Dataset([parse_record(row) for row in rows], Letters(), seq_len=30)
     groups = dataset.packed(30, seed=1)
     lengths = [sum(len(dataset[n]) - 1 for n in group) for group in groups]
     assert sorted(sum(groups, [])) == list(range(80)) and max(lengths) <= 30 and len(groups) < 60
@@ -2219,7 +2226,7 @@ def test_micro_batches_do_not_change_a_run(method, base, tmp_path):
 
 
 def test_epochs_hold_every_row_once_in_an_order_of_their_own(checkpoint, jsonl):
-    dataset = build_dataset(load_records(jsonl), load_tokenizer(checkpoint), 256)
+    dataset = Dataset(load_records(jsonl), load_tokenizer(checkpoint), 256)
     args = settings_of("--batch-size", 8, "--micro-batch-size", 3)
     rows = []
     for step in range(16):  # 60 rows are 8 steps
@@ -2240,7 +2247,7 @@ def test_rows_laid_end_to_end_give_the_losses_and_gradients_of_each_alone(method
     limit = 24
     lengths = [limit, 3, 9, 17, 2, limit, 11]
     rows = [{"prompt": "p" * (n // 2 - 1), "completion": "cdefghijklmnopqrstuvwxyz"[: n - n // 2]} for n in lengths]
-    dataset = build_dataset([parse_record(row) for row in rows], Letters(), limit)
+    dataset = Dataset([parse_record(row) for row in rows], Letters(), limit)
     assert sorted(len(row) - 1 for row in dataset) == sorted(lengths)
     model = build(family, vocab_size=300)
     model.checkpoint_blocks = recompute
@@ -2275,7 +2282,7 @@ def test_a_packed_run_counts_rows_of_several_records_and_tokens_of_text(base, ch
     code, text, error = cli(f"{base} --val-data {jsonl} --pack --seq-len 64 --out {tmp_path / 'run'}")
     assert code == 0, error
     rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
-    dataset = build_dataset(load_records(jsonl), load_tokenizer(checkpoint), 64)
+    dataset = Dataset(load_records(jsonl), load_tokenizer(checkpoint), 64)
     groups = dataset.packed(64, 0)
     assert f"60 records in {len(groups)} rows, {len(rows)} steps" in text and len(rows) == math.ceil(len(groups) / 4)
     read = sum(row["tokens_per_second"] * row["seconds"] for row in rows)
@@ -2322,7 +2329,7 @@ def test_outlier_chart_command(checkpoint, jsonl):
     lines = text.splitlines()
     assert code == 0 and len(lines) == 4 and "Hill alpha" in lines[0], error
     model = load_model(checkpoint)
-    rows = build_dataset(load_records(jsonl), load_tokenizer(checkpoint), 256).sample(train.CALIBRATION_ROWS, 0)
+    rows = Dataset(load_records(jsonl), load_tokenizer(checkpoint), 256).sample(train.CALIBRATION_ROWS, 0)
     D = outlier_distribution(model, model.layers, rows)
     alphas = [np.mean([hill_alpha(linear.weight) for linear in layer]) for layer in linears_of(model.layers)]
     for n, line in enumerate(lines[1:]):

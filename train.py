@@ -43,7 +43,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from tqdm import tqdm
 
 import owlore
-from data import TINY, Dataset, InputError, at_least, atomic_write, build_dataset, build_validation
+from data import TINY, Dataset, InputError, at_least, atomic_write, build_validation
 from data import command, common_beginning, copy_tokenizer, lay_out, load_records, read_json, split_records
 from model import CHUNK, ModelConfig, Transformer, add_lora, load, read_checkpoint, require_device, save_model
 from owlore import LayerSampler, ProjectedAdam, outlier_distribution, sampling_probabilities
@@ -738,7 +738,7 @@ def load_inputs(args: argparse.Namespace, state: dict) -> tuple[Transformer, Dat
         add_lora(model, args.rank, args.lora_alpha)
     model.checkpoint_blocks = args.recompute
     validation = build_validation(held_out, tokenizer, args.seq_len)
-    data = None if args.eval_only else build_dataset(records, tokenizer, args.seq_len)
+    data = None if args.eval_only else Dataset(records, tokenizer, args.seq_len)
     if data and state and state["data"] != zlib.crc32(data.ids):
         raise InputError("--data: is not what this run was reading; put the old file back")
     if args.pack and data:
@@ -893,7 +893,7 @@ def show_layers() -> None:
     def show() -> None:
         args = parser.parse_args()
         model, tokenizer = load(args.ckpt, args)
-        data = build_dataset(load_records(args.data), tokenizer, min(512, model.config.max_seq_len))
+        data = Dataset(load_records(args.data), tokenizer, min(512, model.config.max_seq_len))
         D = score_layers(model, data, args)
         layers = tqdm([owlore.find_linears(layer) for layer in model.layers], "Hill alpha", leave=False, disable=None)
         alphas = [sum(owlore.hill_alpha(linear.weight) for linear in layer) / len(layer) for layer in layers]

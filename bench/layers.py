@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from data import InputError, atomic_write, build_dataset, command, load_records, load_tokenizer  # noqa: E402
+from data import Dataset, InputError, atomic_write, command, load_records, load_tokenizer  # noqa: E402
 from model import load_model  # noqa: E402
 from owlore import default_threshold, find_linears, hill_alpha, outlier_distribution, sampling_probabilities  # noqa: E402
 
@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace) -> None:
     alphas = torch.tensor([sum(hill_alpha(m.weight) for m in layer) / len(layer) for layer in layers])
     rows, curves, tables = [], {}, []
     for path in args.data:
-        dataset = build_dataset(load_records(path), tokenizer, args.seq_len)
+        dataset = Dataset(load_records(path), tokenizer, args.seq_len)
         batches = dataset.sample(train.CALIBRATION_ROWS, 0)
         for threshold in thresholds:
             D = outlier_distribution(model, model.layers, batches, threshold)

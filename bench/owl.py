@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402, I001
-from data import Dataset, InputError, Record, atomic_write, build_dataset, command, load_records  # noqa: E402
+from data import Dataset, InputError, Record, atomic_write, command, load_records  # noqa: E402
 from data import load_tokenizer, split_records  # noqa: E402, I001
 from model import Transformer, load_model  # noqa: E402
 from owlore import default_threshold, find_linears, outlier_distribution  # noqa: E402
@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace) -> tuple[float, Tensor, Tensor]:
         texts, held_out = load_texts(args.data), load_texts(args.val_data)
     else:
         texts, held_out = split_records(load_texts(args.data), HELD_OUT, train.HELD_OUT_RECORDS, seed=0)
-    data, val = (build_dataset(records, tokenizer, args.seq_len) for records in (texts, held_out))
+    data, val = (Dataset(records, tokenizer, args.seq_len) for records in (texts, held_out))
 
     calibrations = []
     for seed in tqdm(args.seeds, "calibrating", leave=False, disable=None):

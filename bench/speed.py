@@ -48,12 +48,12 @@ from memory import GIB, MODELS, ROOT, LiveStorages, parse_shape, settings  # noq
 import train  # noqa: E402
 from data import (  # noqa: E402
     TINY,
+    Dataset,
     InputError,
     Layout,
     Record,
     Tokenizer,
     atomic_write,
-    build_dataset,
     build_validation,
     command,
     load_records,
@@ -254,7 +254,7 @@ def real_data(args: argparse.Namespace) -> list[str]:
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     records, tokenizer = load_records(args.data), load_tokenizer(args.model)
-    dataset = build_dataset(records, tokenizer, args.seq_len)
+    dataset = Dataset(records, tokenizer, args.seq_len)
     lengths, size = [len(row) for row in dataset], args.batch_size
     generator, random = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
     grouped = get_length_grouped_indices(lengths, size, generator=generator)
@@ -338,7 +338,7 @@ def power_law(rows: int, columns: int, exponent: float) -> Tensor:
 
 def text_gradient(model: Transformer, weight: Tensor) -> Tensor:
     """The gradient of one weight on 4096 tokens of the embedded text."""
-    dataset = build_dataset(load_records(TINY / "text.txt"), load_tokenizer(TINY), seq_len=256)
+    dataset = Dataset(load_records(TINY / "text.txt"), load_tokenizer(TINY), seq_len=256)
     model.requires_grad_(False)
     weight.requires_grad_()
     model(*dataset.batch(range(16))).backward()
@@ -411,7 +411,7 @@ def warm_start(args: argparse.Namespace) -> list[str]:
     rank, table = load_model(TINY).config.dim // 16, []
     for gap in tqdm((10, 50, 100), "gaps", leave=False, disable=None):
         model = load_model(TINY)
-        dataset = build_dataset(load_records(TINY / "text.txt"), load_tokenizer(TINY), seq_len=256)
+        dataset = Dataset(load_records(TINY / "text.txt"), load_tokenizer(TINY), seq_len=256)
         optimizer = ProjectedAdam([{"params": list(model.parameters())}], lr=1e-3)
         weights = [w for w in model.layers.parameters() if w.dim() == 2 and w.shape[0] >= w.shape[1]]
 
@@ -463,7 +463,7 @@ def tokenise(args: argparse.Namespace) -> list[str]:
     text = (sample * (args.megabytes * 10**6 // len(sample.encode()) + 1))[: args.megabytes * 10**6]
     records, tokenizer = [Record([("", text)], plain=True)], load_tokenizer(args.model)
     before, datasets = train.peak_memory("cpu"), []
-    time = seconds(lambda: datasets.append(build_dataset(records, tokenizer, args.seq_len)), "cpu")
+    time = seconds(lambda: datasets.append(Dataset(records, tokenizer, args.seq_len)), "cpu")
     return [
         f"{args.megabytes} MB of plain text (that of tiny/, over and over) by the tokenizer of {args.model} "
         f"({tokenizer.vocab_size:,} tokens): {len(datasets[0].ids):,} tokens in {time:.1f} s, "
