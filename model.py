@@ -115,9 +115,6 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).type_as(x)
 
 
-FUSED_RMS_NORM = hasattr(torch.ops.aten, "_fused_rms_norm_backward")  # torch has one kernel for it on GPUs from 2.9
-
-
 class RMSNorm(nn.Module):
     """x * weight / sqrt(mean(x^2) + eps) (arXiv 1910.07467), computed in fp32 whatever the dtype of x."""
 
@@ -128,7 +125,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., dim] -> [..., dim]."""
-        if x.is_cuda and FUSED_RMS_NORM:
+        if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm_backward"):  # one kernel, from torch 2.9 on
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # Elsewhere F.rms_norm keeps fp32 copies of x for the backward pass: 0.38 GiB of a 7B's step at 16 x 512.
         sum_of_squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()  # [..., 1]
@@ -479,8 +476,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start + begin)
             tensors[name] = flat.view(shape)
         return tensors
+    except FileNotFoundError:
+        raise InputError(f"{path}: this part of the checkpoint is missing; fetch it again") from None
     except Exception as error:  # whatever the damage leads to
-        what = f"{type(error).__name__} at {str(name)[:80]!r}: missing, damaged, quantized or with code in it"
+        what = (
+            f"{type(error).__name__} at {str(name)[:80]!r}: damaged, quantized, or with code in it, which was not run"
+        )
         raise InputError(f"{path}: not a state dict of float tensors ({what}); fetch the original") from None
 
 
@@ -496,8 +497,7 @@ def read_hf_config(file: Path) -> dict:
     supported |= dict.fromkeys(("attention_bias", "mlp_bias", "quantization_config"), (None, False))
     for key, values in supported.items():
         if config.get(key) not in values:
-            what = f"{key} {config.get(key)!r:.60}"
-            raise InputError(f"{file}: {what} is not supported: only LLaMA and Mistral models are")
+            raise InputError(f"{file}: {key} {config.get(key)!r:.60}: only LLaMA and Mistral models are supported")
     if config["model_type"] == "llama":
         config.pop("sliding_window", None)
     params = {field: config[key] for field, key in HF_KEYS.items() if key in config}
@@ -506,46 +506,42 @@ def read_hf_config(file: Path) -> dict:
     return params
 
 
-WEIGHT_FILES = {  # by layout; the first kind that is there counts
-    "meta": ("consolidated.*.pth", "consolidated.pth", "consolidated.*.safetensors", "consolidated.safetensors"),
-    "hf": ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin"),
-}
+# Of each layout the settings, and the kinds of weight files, of which the first that is there counts
+CHECKPOINT_FILES = {
+    "meta": ("params.json",
+             "consolidated.*.pth", "consolidated.pth", "consolidated.*.safetensors", "consolidated.safetensors"),
+    "hf": ("config.json",
+           "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin"),
+}  # fmt: skip
 
 
-def weight_files(path: Path, layout: str) -> list[Path]:
-    """The files that hold the weights of a checkpoint folder, or should. Raises InputError if there are none."""
-    for name in WEIGHT_FILES[layout]:
-        found = list(path.glob(name))
-        if found and name.endswith(".json"):
-            weight_map = read_json(found[0]).get("weight_map")
-            parts = weight_map.values() if isinstance(weight_map, dict) else found  # `found` is refused when it is read
-            return sorted({path / Path(str(part)).name for part in parts})  # of this folder, wherever it points
-        if found:
-            return [path / name.replace("*", f"{shard:02}") for shard in range(len(found))]
-    raise InputError(f"{path}: has none of the weight files {', '.join(WEIGHT_FILES[layout])}")
-
-
-def checkpoint_layout(path: str | Path) -> str:
-    """Returns "meta" or "hf". Raises InputError if the folder holds neither."""
-    path = Path(path)
+def find_checkpoint(path: Path) -> tuple[str, Path, list[Path]]:
+    """Which layout a checkpoint folder has, "meta" or "hf", and the files that its settings and its weights are in, or
+    should be. Raises InputError if it is no such folder."""
     if not path.is_dir():
         what = FOREIGN.get(path.suffix.lower(), "a file") if path.exists() else "no such folder"
         raise InputError(f"{path}: {what}; --ckpt takes the folder of a checkpoint")
-    meta, hf = (path / "params.json").is_file(), (path / "config.json").is_file()
-    if not meta and not hf:
-        raise InputError(f"{path}: neither params.json (Meta's layout) nor config.json (Hugging Face's) is in it")
-    return "meta" if meta and (any(path.glob("consolidated*")) or not hf) else "hf"
+    for layout, (settings, *kinds) in CHECKPOINT_FILES.items():
+        for kind in kinds:
+            found = (path / settings).is_file() and list(path.glob(kind))
+            if found and kind.endswith(".json"):
+                weight_map = read_json(found[0]).get("weight_map")
+                parts = weight_map.values() if isinstance(weight_map, dict) else found  # which is refused as weights
+                return layout, path / settings, sorted({path / Path(str(part)).name for part in parts})  # none outside
+            if found:
+                return layout, path / settings, [path / kind.replace("*", f"{n:02}") for n in range(len(found))]
+    problem = "neither params.json and consolidated.00.pth (Meta's layout) nor config.json and model.safetensors"
+    raise InputError(f"{path}: {problem} (Hugging Face's), or parts of these, are in it")
 
 
 def read_checkpoint(path: str | Path) -> tuple[ModelConfig, dict[str, list[Tensor]]]:
     """A checkpoint folder's config and, under the names in its files, each parameter's memory-mapped pieces: the shards
     of a tensor-parallel model, else one. No weights are read, except to see whether a raw file holds one matrix twice.
     Raises InputError for files that are missing or damaged, and for other models."""
-    path, layout = Path(path), checkpoint_layout(path)
-    file = path / ("params.json" if layout == "meta" else "config.json")
+    layout, file, parts = find_checkpoint(Path(path))
     params = read_json(file) if layout == "meta" else read_hf_config(file)
     pieces: dict[str, list[Tensor]] = {}
-    for part in weight_files(path, layout):
+    for part in parts:
         for name, tensor in read_weights(part).items():
             if not name.endswith(("rope.freqs", "rotary_emb.inv_freq")):  # which the config gives already
                 pieces.setdefault(name, []).append(tensor)
@@ -577,33 +573,28 @@ def require_device(device: str) -> None:
 
 
 def load_model(
-    path: str | Path,
-    device: str = "cpu",
-    dtype: torch.dtype | None = torch.float32,
-    distribute: Callable[[Transformer], str] | None = None,
+    path: str | Path, device: str = "cpu", dtype: torch.dtype | None = torch.float32, distribute: Callable | None = None
 ) -> Transformer:
-    """Load a checkpoint folder of either layout. dtype: None for that of the files. distribute: has FSDP shard the model
-    while it has no memory, and returns the device of the shards, to which each process then copies its own rows.
-    Raises InputError, in one line, for whatever is wrong with the folder."""
+    """Load a checkpoint folder of either layout. dtype: None for that of the files. distribute: takes the model while it
+    has no memory, has FSDP shard it, and returns the device of the shards, to which each process then copies its own
+    rows. Raises InputError, in one line, for whatever is wrong with the folder."""
     require_device(device)
-    path, layout = Path(path), checkpoint_layout(path)
-    config, pieces = read_checkpoint(path)
+    path = Path(path)
+    layout, (config, pieces) = find_checkpoint(path)[0], read_checkpoint(path)
     try:
         with torch.device("meta"):  # shapes without memory
             model = Transformer(config).to(dtype or next(iter(pieces.values()))[0].dtype)
     except (RuntimeError, OverflowError) as error:  # more elements than an integer counts
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
     model.layout = layout
-    names = {
-        to_hf_name(name) if layout == "hf" else name: name for name, _ in model.named_parameters()
-    }  # in the files -> here
-    for name in sorted(names.keys() ^ pieces.keys()):
-        what = "missing" if name in names else "unexpected: not a LLaMA or Mistral checkpoint"
+    in_files = {name: to_hf_name(name) if layout == "hf" else name for name, _ in model.named_parameters()}
+    for name in sorted(pieces.keys() ^ in_files.values()):
+        what = "unexpected: not a LLaMA or Mistral checkpoint" if name in pieces else "missing"
         raise InputError(f"{path}: tensor {name[:80]!r} is {what}")
     model.to_empty(device=distribute(model) if distribute else device)
     if config.tie_word_embeddings and not distribute:
         model.output.weight = model.tok_embeddings.weight
-    for stored, name in tqdm(names.items(), f"loading {path.name}", leave=False, disable=None):
+    for name, stored in tqdm(in_files.items(), f"loading {path.name}", leave=False, disable=None):
         shards, parameter = pieces.pop(stored), model.get_parameter(name).detach()
         # Tensor-parallel shards are cut along the dimension in which together they make the whole; norms are copies.
         sizes = enumerate(zip(shards[0].shape, parameter.shape))
@@ -624,7 +615,7 @@ def load_model(
 
 def load(path: str | Path, args: argparse.Namespace, distribute=None) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint folder, on args.device and in args.dtype, None being the device's own."""
-    checkpoint_layout(path)  # which says what is wrong with the folder, before the tokenizer is missed
+    find_checkpoint(Path(path))  # which says what is wrong with the folder, before the tokenizer is missed
     tokenizer, dtype = load_tokenizer(path), args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     model = load_model(path, args.device, FLAG_DTYPES[dtype], distribute)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -648,48 +639,39 @@ def meta_config(config: ModelConfig) -> dict:
     """`params.json`. Meta's own code refuses settings it does not know, so only what cannot be told from the others is
     written."""
     told = asdict(ModelConfig()) | {
-        "hidden_dim": config.swiglu_hidden_dim(),
-        "head_dim": config.dim / config.n_heads,
-        "n_kv_heads": config.n_heads,
-        "max_seq_len": config.family_context(),
-        "tie_word_embeddings": config.tie_word_embeddings,  # by the weights
-    }
+        "hidden_dim": config.swiglu_hidden_dim(), "head_dim": config.dim / config.n_heads, "n_kv_heads": config.n_heads,
+        "max_seq_len": config.family_context(), "tie_word_embeddings": config.tie_word_embeddings,  # by the weights
+    }  # fmt: skip
     always = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps")
     return {key: value for key, value in asdict(config).items() if key in always or value != told[key]}
 
 
 def hf_config(model: Transformer) -> dict:
     """`config.json` in both spellings at once: transformers 4 reads the top level, transformers 5 `rope_parameters`."""
-    config = model.config
-    rope = {"rope_type": "default"}
+    config, rope = model.config, {"rope_type": "default"}
     if config.use_scaled_rope:
         rope = {"rope_type": "llama3"} | {key: getattr(config, field) for field, key in ROPE_KEYS.items()}
     dtype = str(model.output.weight.dtype).removeprefix("torch.")
     family = "mistral" if config.sliding_window else "llama"
-    return {
-        "architectures": [f"{family.capitalize()}ForCausalLM"],
-        "model_type": family,
-        "hidden_act": "silu",
-        **{key: getattr(config, field) for field, key in HF_KEYS.items()},
+    return {key: getattr(config, field) for field, key in HF_KEYS.items()} | {
+        "architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family, "hidden_act": "silu",
         "rope_scaling": rope if config.use_scaled_rope else None,
-        "rope_parameters": rope | {"rope_theta": config.rope_theta},
-        "torch_dtype": dtype,
-        "dtype": dtype,
-    }
+        "rope_parameters": rope | {"rope_theta": config.rope_theta}, "torch_dtype": dtype, "dtype": dtype,
+    }  # fmt: skip
 
 
 def write_safetensors(model: Transformer, values: Iterator[tuple[str, Tensor]], file: BinaryIO) -> None:
-    """Write the weights under Hugging Face's names; `read_safetensors` says how such a file is laid out."""
+    """Write the weights under Hugging Face's names; `read_weights` says how such a file is laid out."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
-    weights = {name: p for name, p in model.named_parameters() if name.endswith(".weight")}
-    for name, p in weights.items():
-        begin, end = end, end + p.numel() * p.element_size()
-        header[to_hf_name(name)] = {"dtype": dtypes[p.dtype], "shape": list(p.shape), "data_offsets": [begin, end]}
+    for name, p in model.named_parameters():
+        if name.endswith(".weight"):
+            begin, end = end, end + p.numel() * p.element_size()
+            header[to_hf_name(name)] = {"dtype": dtypes[p.dtype], "shape": list(p.shape), "data_offsets": [begin, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     file.write(len(head).to_bytes(8, "little") + head)
-    for name, weight in tqdm(values, "saving", len(weights), leave=False, disable=None):
+    for name, weight in tqdm(values, "saving", len(header) - 1, leave=False, disable=None):
         if name.endswith(("wq.weight", "wk.weight")):
             weight = permute_rotary(weight, model.config.head_dim, to_hf=True)
         file.write(weight.contiguous().cpu().view(torch.uint8).numpy())
