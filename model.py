@@ -596,14 +596,13 @@ def load_model(
         model.output.weight = model.tok_embeddings.weight
     for name, stored in tqdm(in_files.items(), f"loading {path.name}", leave=False, disable=None):
         shards, parameter = pieces.pop(stored), model.get_parameter(name).detach()
-        # Tensor-parallel shards are cut along the dimension in which together they make the whole; norms are copies.
-        sizes = enumerate(zip(shards[0].shape, parameter.shape))
-        cut = [dim for dim, (part, size) in sizes if part != size == part * len(shards)]
-        alike = all(shard.shape == shards[0].shape for shard in shards)
-        weight = torch.cat(shards, cut[0]) if cut and alike else shards[0]
-        if weight.shape != parameter.shape:
+        cut = len(shards) > 1 and parameter.dim() == 2  # into tensor-parallel shards; norms are whole in each of them
+        dim = int(shards[0].shape[-1:] != parameter.shape[-1:])  # by rows, or by columns
+        expected = [size / len(shards) if cut and n == dim else size for n, size in enumerate(parameter.shape)]
+        if any(list(shard.shape) != expected for shard in shards):
             what = f"{name} of shape {list(shards[0].shape)} in {len(shards)} file(s) is not {list(parameter.shape)}"
             raise InputError(f"{path}: {what}: a shard is missing, or config and weights do not belong together")
+        weight = torch.cat(shards, dim) if cut else shards[0]
         if layout == "hf" and name.endswith(("wq.weight", "wk.weight")):
             weight = permute_rotary(weight, config.head_dim, to_hf=False)
         own(parameter).copy_(own_rows(weight, parameter))
