@@ -72,6 +72,8 @@ class ModelConfig:
         self.head_dim = int(self.head_dim)
         self.hidden_dim = self.hidden_dim or self.swiglu_hidden_dim()
         self.max_seq_len = self.max_seq_len or self.family_context()
+        if self.dim * max(self.n_heads * self.head_dim, self.hidden_dim, self.vocab_size) > 2**48:
+            raise ValueError("its matrices would overflow any memory")
 
     def swiglu_hidden_dim(self) -> int:
         """Meta's rule: 2/3 of 4 dim, so that three matrices cost what two of 4 dim would, rounded up."""
@@ -479,9 +481,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise InputError(f"{path}: this part of the checkpoint is missing; fetch it again") from None
     except Exception as error:  # whatever the damage leads to
-        what = (
-            f"{type(error).__name__} at {str(name)[:80]!r}: damaged, quantized, or with code in it, which was not run"
-        )
+        what = f"{type(error).__name__} at {str(name)[:80]!r}: damaged, quantized, or with code in it (not run)"
         raise InputError(f"{path}: not a state dict of float tensors ({what}); fetch the original") from None
 
 
@@ -581,19 +581,15 @@ def load_model(
     require_device(device)
     path = Path(path)
     layout, (config, pieces) = find_checkpoint(path)[0], read_checkpoint(path)
-    try:
-        with torch.device("meta"):  # shapes without memory
-            model = Transformer(config).to(dtype or next(iter(pieces.values()))[0].dtype)
-    except (RuntimeError, OverflowError) as error:  # more elements than an integer counts
-        raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
+    with torch.device("meta"):  # shapes without memory
+        model = Transformer(config).to(dtype or next(iter(pieces.values()))[0].dtype)
     model.layout = layout
     in_files = {name: to_hf_name(name) if layout == "hf" else name for name, _ in model.named_parameters()}
     for name in sorted(pieces.keys() ^ in_files.values()):
         what = "unexpected: not a LLaMA or Mistral checkpoint" if name in pieces else "missing"
         raise InputError(f"{path}: tensor {name[:80]!r} is {what}")
-    model.to_empty(device=distribute(model) if distribute else device)
-    if config.tie_word_embeddings and not distribute:
-        model.output.weight = model.tok_embeddings.weight
+    if distribute:
+        model.to_empty(device=distribute(model))
     for name, stored in tqdm(in_files.items(), f"loading {path.name}", leave=False, disable=None):
         shards, parameter = pieces.pop(stored), model.get_parameter(name).detach()
         cut = len(shards) > 1 and parameter.dim() == 2  # into tensor-parallel shards; norms are whole in each of them
@@ -605,7 +601,12 @@ def load_model(
         weight = torch.cat(shards, dim) if cut else shards[0]
         if layout == "hf" and name.endswith(("wq.weight", "wk.weight")):
             weight = permute_rotary(weight, config.head_dim, to_hf=False)
+        if not distribute:
+            parameter = torch.empty_like(parameter, device=device)
+            model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(parameter)
         own(parameter).copy_(own_rows(weight, parameter))
+    if config.tie_word_embeddings and not distribute:
+        model.output.weight = model.tok_embeddings.weight
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.reset()
