@@ -14,14 +14,13 @@ layouts, Meta's and Hugging Face's, are read and written. Top to bottom: archite
 import argparse
 import json
 import math
-import mmap
-import pickle
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -73,6 +72,8 @@ class ModelConfig:
         self.head_dim = int(self.head_dim)
         self.hidden_dim = self.hidden_dim or self.swiglu_hidden_dim()
         self.max_seq_len = self.max_seq_len or self.family_context()
+        if self.dim * max(self.n_heads * self.head_dim, self.hidden_dim, self.vocab_size) > 2**48:
+            raise ValueError("its matrices would overflow any memory")
 
     def swiglu_hidden_dim(self) -> int:
         """Meta's rule: 2/3 of 4 dim, so that three matrices cost what two of 4 dim would, rounded up."""
@@ -116,9 +117,6 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).type_as(x)
 
 
-FUSED_RMS_NORM = hasattr(torch.ops.aten, "_fused_rms_norm_backward")  # torch has one kernel for it on GPUs from 2.9
-
-
 class RMSNorm(nn.Module):
     """x * weight / sqrt(mean(x^2) + eps) (arXiv 1910.07467), computed in fp32 whatever the dtype of x."""
 
@@ -129,7 +127,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., dim] -> [..., dim]."""
-        if x.is_cuda and FUSED_RMS_NORM:
+        if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm_backward"):  # one kernel, from torch 2.9 on
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # Elsewhere F.rms_norm keeps fp32 copies of x for the backward pass: 0.38 GiB of a 7B's step at 16 x 512.
         sum_of_squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()  # [..., 1]
@@ -240,10 +238,11 @@ class Transformer(nn.Module):
         """What the output head reads: [K, dim] of the tokens int [N] that have a target in their layout, or [B, T, dim]
         of all tokens int [B, T] of full rows.
 
-        cache: empty at first, then what the tokens before these left in it: their number under "length", and for each
-        attention module its keys and values, [B, n_kv_heads, length, head_dim].
+        cache: empty at first, then what the tokens before these left in it: of each attention module keys and values,
+        [B, n_kv_heads, start, head_dim].
         """
-        start, shape, masks = cache.get("length", 0) if cache is not None else 0, tokens.shape, [None]
+        start = next(iter(cache.values()))[0].shape[2] if cache else 0
+        shape, masks = tokens.shape, [None]
         if layout is None:
             positions = torch.arange(start, start + shape[1], device=tokens.device)
             layout = Layout([tuple(shape)], positions.repeat(shape[0]))
@@ -259,8 +258,6 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, x, rotation, layout, masks, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rotation, layout, masks, cache)
-        if cache is not None:
-            cache["length"] = start + shape[1]
         if layout.predicting is not None:
             x = x.index_select(0, layout.predicting)  # [K, dim]
         return self.norm(x).unflatten(0, shape) if tokens.dim() == 2 else self.norm(x)
@@ -271,20 +268,16 @@ class Transformer(nn.Module):
         """tokens: int [B, T] -> logits [B, T, vocab_size]; with targets: int [B, T], the mean loss (a scalar, fp32, in
         nats) over the targets that are not -100, without ever holding all logits. With a layout: tokens [N], laid end
         to end, and targets [K]. reduction: "none" for the loss of each target, [K], without gradients."""
-        if targets is None:
-            return self.output(self.hidden(tokens, layout))
         hidden = self.hidden(tokens, layout)
+        if targets is None:
+            return self.output(hidden)
         if layout is None:
             kept = targets != -100
             hidden, targets = hidden[kept], targets[kept]
-        if reduction == "none":
-            with torch.no_grad():
-                chunks = zip(hidden.split(512), targets.split(512))
-                losses = [F.cross_entropy(self.output(h).float(), t, reduction="none") for h, t in chunks]
-                return torch.cat(losses)
         # Under no_grad, too, a Function believes that a parameter needs a gradient, and would compute it.
         head = self.output.weight if torch.is_grad_enabled() else self.output.weight.detach()
-        return ChunkedCrossEntropy.apply(hidden, head, targets)
+        mean, losses = ChunkedCrossEntropy.apply(hidden, head, targets)
+        return losses if reduction == "none" else mean
 
 
 class LoRALinear(nn.Module):
@@ -344,17 +337,17 @@ def logits_gradient(logits: Tensor, log_z: Tensor, targets: Tensor, count: int) 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """F.cross_entropy((hidden @ weight.T).float(), targets), with no more than CHUNK logits at a time; 0 of no tokens.
+    Beside the mean it returns the loss of each token, [K], without gradients.
 
     A chunk's gradient is ready as soon as its logits are, so the forward pass computes it while it has them, and the
     backward pass only scales it. This saves 2.0 GiB of a 7B's step at 16 x 512 beside F.cross_entropy of all logits.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """hidden: [K, dim]; weight: [V, dim]; targets: int [K] -> mean loss, a scalar in fp32."""
-        K, V = len(hidden), len(weight)
-        targets = targets[:, None]
-        loss, log_z = hidden.new_zeros((), dtype=torch.float32), hidden.new_empty((K, 1), dtype=torch.float32)
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden: [K, dim]; weight: [V, dim]; targets: int [K] -> mean loss, a scalar, and that of each token, [K], fp32."""
+        K, V, targets = len(hidden), len(weight), targets[:, None]
+        losses, log_z = (hidden.new_empty(shape, dtype=torch.float32) for shape in (K, (K, 1)))
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         # In bf16 a sum over many chunks of tokens would be a percent or two off, as each addition rounds. So there the
@@ -365,7 +358,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             h, t = hidden[n : n + rows], targets[n : n + rows]
             logits = (h @ weight.T).float()  # [rows, V]
             z = log_z[n : n + rows] = logits.logsumexp(1, keepdim=True)
-            loss += (z - logits.gather(1, t)).sum() / K
+            losses[n : n + rows] = (z - logits.gather(1, t)).squeeze(1)
             if any(ctx.needs_input_grad):
                 grad = logits_gradient(logits, z, t, K).to(weight.dtype)
             if grad_hidden is not None:
@@ -377,14 +370,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad = logits_gradient(logits, log_z, targets - v, K).to(weight.dtype)
             torch.mm(grad.T, hidden, out=grad_weight[v : v + words])
         ctx.grads = grad_hidden, grad_weight
-        return loss
+        ctx.mark_non_differentiable(losses)
+        return losses.sum() / max(K, 1), losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, grad_mean: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Scale what the forward pass computed, in place, so this runs once."""
         grads, ctx.grads = ctx.grads, None
-        return *(None if grad is None else grad.mul_(grad_loss) for grad in grads), None
+        return *(None if grad is None else grad.mul_(grad_mean) for grad in grads), None
 
 
 # Generation
@@ -417,7 +411,7 @@ def generate(
     (or [T + max_new_tokens]). temperature 0 takes the likeliest token; else one is drawn from the most likely ones
     that make up `top_p` of the probability. Raises ValueError if the model's context is too short."""
     tokens = torch.as_tensor(tokens, device=model.output.weight.device)
-    batch = tokens if tokens.dim() == 2 else tokens[None]
+    batch = torch.atleast_2d(tokens)
     new = [step[:, None] for step in stream(model, batch, max_new_tokens, temperature, top_p)]
     return torch.cat([batch, *new], dim=1).view(*tokens.shape[:-1], -1)
 
@@ -443,7 +437,8 @@ ROPE_KEYS = {
     "rope_scaling_factor": "factor", "rope_original_length": "original_max_position_embeddings",
     "rope_low_freq_factor": "low_freq_factor", "rope_high_freq_factor": "high_freq_factor",
 }  # fmt: skip
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
+FLAG_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --dtype
 
 
 def to_hf_name(name: str) -> str:
@@ -459,45 +454,35 @@ def permute_rotary(weight: Tensor, head_dim: int, to_hf: bool) -> Tensor:
     return weight.unflatten(0, pairs).transpose(1, 2).flatten(0, 2)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Map a safetensors file: 8 bytes little-endian header length, JSON header, raw bytes. No data is read here.
-    Raises InputError if the header and the file's size do not agree."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Map a file of weights: safetensors (8 bytes little-endian header length, JSON header, raw bytes), or a state dict
+    in `.pth` or `.bin`, of which only tensors are unpickled: code in it is never run. Raises InputError if it is not
+    whole, or holds anything but plain float tensors."""
     tensors, name = {}, "the header"
     try:
-        with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if path.suffix != ".safetensors":
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            for name, t in tensors.items():
+                dense = t.layout == torch.strided and t.device.type == "cpu"
+                if not isinstance(name, str) or not dense or not t.is_floating_point():
+                    raise TypeError
+            return tensors
+        data = np.memmap(path, mode="c")
         start = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:start])
+        header = json.loads(data[8:start].tobytes())
         header.pop("__metadata__", None)
         for name, entry in header.items():
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if not 0 <= begin < end <= len(data) - start or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError("offsets")
+                raise ValueError
             flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start + begin)
             tensors[name] = flat.view(shape)
-    except Exception:  # whatever the damage leads to: JSON, names, types and sizes may all be wrong
-        what = f"{name[:80]!r} is not of float tensors within its {path.stat().st_size} bytes"
-        raise InputError(f"{path}: {what}: truncated, altered or quantized; fetch the original") from None
-    return tensors
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Map a `.pth` or `.bin` state dict. Only tensors are unpickled: code in the file is refused, never run."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise InputError(f"{path}: holds more than tensors (it may run code when loaded); refused") from None
-    except Exception as error:  # torch.load has no one error for a damaged file
-        what = f"damaged, truncated or saved by torch < 1.6 ({type(error).__name__})"
-        raise InputError(f"{path}: {what}; fetch it again") from None
-    if not isinstance(state, dict):
-        raise InputError(f"{path}: not a state dict of tensors")
-    for name, t in state.items():
-        dense = isinstance(t, Tensor) and t.layout == torch.strided and t.device.type == "cpu" and t.is_contiguous()
-        if not isinstance(name, str) or not dense or not t.is_floating_point():
-            what = f"{str(name)[:80]!r} is not a plain float tensor"
-            raise InputError(f"{path}: {what}; quantized weights are not supported")
-    return state
+        return tensors
+    except FileNotFoundError:
+        raise InputError(f"{path}: this part of the checkpoint is missing; fetch it again") from None
+    except Exception as error:  # whatever the damage leads to
+        what = f"{type(error).__name__} at {str(name)[:80]!r}: damaged, quantized, or with code in it (not run)"
+        raise InputError(f"{path}: not a state dict of float tensors ({what}); fetch the original") from None
 
 
 def read_hf_config(file: Path) -> dict:
@@ -506,72 +491,58 @@ def read_hf_config(file: Path) -> dict:
     config = read_json(file)
     # transformers 4 spells these at the top level, transformers 5 inside rope_parameters
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else type(rope).__name__
-    family, activation = config.get("model_type"), config.get("hidden_act", "silu")
-    for what, supported in [
-        (f"model_type {family!r}", family in ("llama", "mistral")),
-        (f"hidden_act {activation!r}", activation == "silu"),
-        (f"rope_scaling of type {rope_type!r}", rope_type in ("default", "llama3")),
-        *((key, not config.get(key)) for key in ("attention_bias", "mlp_bias", "quantization_config")),
-    ]:
-        if not supported:
-            raise InputError(f"{file}: {what} is not supported: only LLaMA and Mistral models are")
-    config = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048} | config | rope
-    if family == "llama":
+    rope = {"rope_type": rope.get("type", "default")} | rope if isinstance(rope, dict) else {"rope_type": rope}
+    config = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"} | config | rope
+    supported = {"model_type": ("llama", "mistral"), "hidden_act": ("silu",), "rope_type": ("default", "llama3")}
+    supported |= dict.fromkeys(("attention_bias", "mlp_bias", "quantization_config"), (None, False))
+    for key, values in supported.items():
+        if config.get(key) not in values:
+            raise InputError(f"{file}: {key} {config.get(key)!r:.60}: only LLaMA and Mistral models are supported")
+    if config["model_type"] == "llama":
         config.pop("sliding_window", None)
     params = {field: config[key] for field, key in HF_KEYS.items() if key in config}
-    if rope_type == "llama3":
+    if config["rope_type"] == "llama3":
         params |= {"use_scaled_rope": True} | {field: rope.get(key) for field, key in ROPE_KEYS.items()}
     return params
 
 
-def weight_files(path: Path, layout: str) -> list[Path]:
-    """The files of a checkpoint folder that hold its weights. Raises InputError if there are none."""
-    if layout == "meta":
-        names = ("consolidated.*.pth", "consolidated.pth", "consolidated.*.safetensors", "consolidated.safetensors")
-        files = next(filter(None, (sorted(path.glob(name)) for name in names)), [])
-        for number, file in enumerate(files):
-            if file.stem not in ("consolidated", f"consolidated.{number:02}"):
-                raise InputError(f"{path}: shard consolidated.{number:02}{file.suffix} is missing; fetch it again")
-    else:
-        names = [f"{file}{end}" for file in ("model.safetensors", "pytorch_model.bin") for end in (".index.json", "")]
-        files = [path / name for name in names if (path / name).is_file()][:1]
-        if files and files[0].suffix == ".json":
-            weight_map = read_json(files[0]).get("weight_map")
-            parts = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {""}
-            if not all(re.fullmatch(r"\w[\w.-]*", part) for part in parts):
-                raise InputError(f"{files[0]}: its weight_map names what is not a file of its own folder; refused")
-            files = [path / part for part in sorted(parts)]
-    if not files:
-        raise InputError(f"{path}: has none of the weight files {', '.join(names)}")
-    return files
+# Of each layout the settings, and the kinds of weight files, of which the first that is there counts
+CHECKPOINT_FILES = {
+    "meta": ("params.json",
+             "consolidated.*.pth", "consolidated.pth", "consolidated.*.safetensors", "consolidated.safetensors"),
+    "hf": ("config.json",
+           "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin"),
+}  # fmt: skip
 
 
-def checkpoint_layout(path: str | Path) -> str:
-    """Returns "meta" or "hf". Raises InputError if the folder holds neither."""
-    path = Path(path)
+def find_checkpoint(path: Path) -> tuple[str, Path, list[Path]]:
+    """Which layout a checkpoint folder has, "meta" or "hf", and the files that its settings and its weights are in, or
+    should be. Raises InputError if it is no such folder."""
     if not path.is_dir():
         what = FOREIGN.get(path.suffix.lower(), "a file") if path.exists() else "no such folder"
         raise InputError(f"{path}: {what}; --ckpt takes the folder of a checkpoint")
-    meta, hf = (path / "params.json").is_file(), (path / "config.json").is_file()
-    if not meta and not hf:
-        raise InputError(f"{path}: neither params.json (Meta's layout) nor config.json (Hugging Face's) is in it")
-    return "meta" if meta and (any(path.glob("consolidated*")) or not hf) else "hf"
+    for layout, (settings, *kinds) in CHECKPOINT_FILES.items():
+        for kind in kinds:
+            found = (path / settings).is_file() and list(path.glob(kind))
+            if found and kind.endswith(".json"):
+                weight_map = read_json(found[0]).get("weight_map")
+                parts = weight_map.values() if isinstance(weight_map, dict) else found  # which is refused as weights
+                return layout, path / settings, sorted({path / Path(str(part)).name for part in parts})  # none outside
+            if found:
+                return layout, path / settings, [path / kind.replace("*", f"{n:02}") for n in range(len(found))]
+    problem = "neither params.json and consolidated.00.pth (Meta's layout) nor config.json and model.safetensors"
+    raise InputError(f"{path}: {problem} (Hugging Face's), or parts of these, are in it")
 
 
 def read_checkpoint(path: str | Path) -> tuple[ModelConfig, dict[str, list[Tensor]]]:
     """A checkpoint folder's config and, under the names in its files, each parameter's memory-mapped pieces: the shards
     of a tensor-parallel model, else one. No weights are read, except to see whether a raw file holds one matrix twice.
     Raises InputError for files that are missing or damaged, and for other models."""
-    path = Path(path)
-    layout = checkpoint_layout(path)
-    file = path / ("params.json" if layout == "meta" else "config.json")
+    layout, file, parts = find_checkpoint(Path(path))
     params = read_json(file) if layout == "meta" else read_hf_config(file)
     pieces: dict[str, list[Tensor]] = {}
-    for part in weight_files(path, layout):
-        if not part.is_file():
-            raise InputError(f"{part}: this part of the checkpoint is missing; fetch it again")
-        for name, tensor in (read_safetensors if part.suffix == ".safetensors" else read_pickle)(part).items():
+    for part in parts:
+        for name, tensor in read_weights(part).items():
             if not name.endswith(("rope.freqs", "rotary_emb.inv_freq")):  # which the config gives already
                 pieces.setdefault(name, []).append(tensor)
     if layout == "meta":
@@ -580,31 +551,17 @@ def read_checkpoint(path: str | Path) -> tuple[ModelConfig, dict[str, list[Tenso
         embedding, output = (pieces.get(name, []) for name in ("tok_embeddings.weight", "output.weight"))
         if params.get("vocab_size", -1) == -1:
             params["vocab_size"] = sum(len(shard) for shard in output if shard.dim())
-        # LLaMA-3.2 is tied, and its raw file holds the matrix twice.
-        if not output or (len(embedding) == len(output) == 1 and torch.equal(embedding[0], output[0])):
+        if all(map(torch.equal, embedding, output)):  # LLaMA-3.2 is tied, and its raw file holds the matrix twice
             params["tie_word_embeddings"] = True
-    if params.get("tie_word_embeddings") is True:
-        pieces.pop("output.weight" if layout == "meta" else "lm_head.weight", None)
-    unknown = set(params) - {field.name for field in fields(ModelConfig)}
-    if unknown:
-        raise InputError(f"{file}: {min(unknown)!r} is not a setting of the LLaMA and Mistral models supported here")
     try:
         config = ModelConfig(**params)
-    except ValueError as error:
-        raise InputError(f"{file}: {error}") from None
-    if config.n_layers != len({match[0] for match in map(re.compile(r".*layers\.\d+\.").match, pieces) if match}):
-        raise InputError(f"{file}: says {config.n_layers} layers, which is not what the weight files hold")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file}: not the settings of a LLaMA or Mistral model: {error}") from None
+    if config.tie_word_embeddings:
+        pieces.pop("output.weight" if layout == "meta" else "lm_head.weight", None)
+    if not any(f"layers.{config.n_layers - 1}." in name for name in pieces):
+        raise InputError(f"{file}: says {config.n_layers} layers, which the weight files do not hold")
     return config, pieces
-
-
-def shard_views(whole: Tensor, name: str, shards: list[Tensor]) -> tuple[Tensor, ...]:
-    """The parts of a parameter that its tensor-parallel shards hold."""
-    if name.endswith("norm.weight"):
-        return (whole,) * len(shards)
-    columns = name.endswith(("wo.weight", "w2.weight"))
-    if name.startswith("tok_embeddings"):  # LLaMA-1/2 split the columns, LLaMA-3 the rows
-        columns = shards[0].shape[-1:] != whole.shape[-1:]
-    return whole.chunk(len(shards), dim=int(columns))
 
 
 def require_device(device: str) -> None:
@@ -616,44 +573,38 @@ def require_device(device: str) -> None:
 
 
 def load_model(
-    path: str | Path,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    distribute: Callable[[Transformer], str] | None = None,
+    path: str | Path, device: str = "cpu", dtype: torch.dtype | None = torch.float32, distribute: Callable | None = None
 ) -> Transformer:
-    """Load a checkpoint folder of either layout. distribute: has FSDP shard the model while it has no memory, and returns the
-    device of the shards, to which each process then copies its own rows. Raises InputError, in one line, for whatever
-    is wrong with the folder."""
+    """Load a checkpoint folder of either layout. dtype: None for that of the files. distribute: takes the model while it
+    has no memory, has FSDP shard it, and returns the device of the shards, to which each process then copies its own
+    rows. Raises InputError, in one line, for whatever is wrong with the folder."""
     require_device(device)
     path = Path(path)
-    hf = checkpoint_layout(path) == "hf"
-    config, pieces = read_checkpoint(path)
-    try:
-        with torch.device("meta"):  # shapes without memory
-            model = Transformer(config).to(dtype)
-    except (RuntimeError, OverflowError) as error:  # more elements than an integer counts
-        raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
-    names = {to_hf_name(name) if hf else name: name for name, _ in model.named_parameters()}  # in the files -> here
-    for name in sorted(names.keys() ^ pieces.keys()):
-        what = "missing" if name in names else "unexpected: not a LLaMA or Mistral checkpoint"
+    layout, (config, pieces) = find_checkpoint(path)[0], read_checkpoint(path)
+    with torch.device("meta"):  # shapes without memory
+        model = Transformer(config).to(dtype or next(iter(pieces.values()))[0].dtype)
+    model.layout = layout
+    in_files = {name: to_hf_name(name) if layout == "hf" else name for name, _ in model.named_parameters()}
+    for name in sorted(pieces.keys() ^ in_files.values()):
+        what = "unexpected: not a LLaMA or Mistral checkpoint" if name in pieces else "missing"
         raise InputError(f"{path}: tensor {name[:80]!r} is {what}")
     if distribute:
         model.to_empty(device=distribute(model))
-    for stored, name in tqdm(names.items(), f"loading {path.name}", leave=False, disable=None):
-        shards, parameter = pieces.pop(stored), model.get_parameter(name)
-        if [view.shape for view in shard_views(parameter, name, shards)] != [shard.shape for shard in shards]:
+    for name, stored in tqdm(in_files.items(), f"loading {path.name}", leave=False, disable=None):
+        shards, parameter = pieces.pop(stored), model.get_parameter(name).detach()
+        cut = len(shards) > 1 and parameter.dim() == 2  # into tensor-parallel shards; norms are whole in each of them
+        dim = int(shards[0].shape[-1:] != parameter.shape[-1:])  # by rows, or by columns
+        expected = [size / len(shards) if cut and n == dim else size for n, size in enumerate(parameter.shape)]
+        if any(list(shard.shape) != expected for shard in shards):
             what = f"{name} of shape {list(shards[0].shape)} in {len(shards)} file(s) is not {list(parameter.shape)}"
             raise InputError(f"{path}: {what}: a shard is missing, or config and weights do not belong together")
-        if hf and name.endswith(("wq.weight", "wk.weight")):
-            shards = [permute_rotary(shards[0], config.head_dim, to_hf=False)]
-        weight = torch.empty(parameter.shape, dtype=dtype, device="cpu" if distribute else device)
-        for view, shard in zip(shard_views(weight, name, shards), shards):
-            view.copy_(shard)
-        if distribute:
-            own(parameter.detach()).copy_(own_rows(weight, parameter))
-        else:
-            model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(weight)
-    model.layout = "hf" if hf else "meta"
+        weight = torch.cat(shards, dim) if cut else shards[0]
+        if layout == "hf" and name.endswith(("wq.weight", "wk.weight")):
+            weight = permute_rotary(weight, config.head_dim, to_hf=False)
+        if not distribute:
+            parameter = torch.empty_like(parameter, device=device)
+            model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(parameter)
+        own(parameter).copy_(own_rows(weight, parameter))
     if config.tie_word_embeddings and not distribute:
         model.output.weight = model.tok_embeddings.weight
     for module in model.modules():
@@ -664,9 +615,9 @@ def load_model(
 
 def load(path: str | Path, args: argparse.Namespace, distribute=None) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint folder, on args.device and in args.dtype, None being the device's own."""
-    checkpoint_layout(path)  # which says what is wrong with the folder, before the tokenizer is missed
+    find_checkpoint(Path(path))  # which says what is wrong with the folder, before the tokenizer is missed
     tokenizer, dtype = load_tokenizer(path), args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
-    model = load_model(path, args.device, torch.bfloat16 if dtype == "bf16" else torch.float32, distribute)
+    model = load_model(path, args.device, FLAG_DTYPES[dtype], distribute)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(f"{path}: {tokenizer.vocab_size} tokens in tokenizer, {model.config.vocab_size} in model")
     return model, tokenizer
@@ -688,48 +639,39 @@ def meta_config(config: ModelConfig) -> dict:
     """`params.json`. Meta's own code refuses settings it does not know, so only what cannot be told from the others is
     written."""
     told = asdict(ModelConfig()) | {
-        "hidden_dim": config.swiglu_hidden_dim(),
-        "head_dim": config.dim / config.n_heads,
-        "n_kv_heads": config.n_heads,
-        "max_seq_len": config.family_context(),
-        "tie_word_embeddings": config.tie_word_embeddings,  # by the weights
-    }
+        "hidden_dim": config.swiglu_hidden_dim(), "head_dim": config.dim / config.n_heads, "n_kv_heads": config.n_heads,
+        "max_seq_len": config.family_context(), "tie_word_embeddings": config.tie_word_embeddings,  # by the weights
+    }  # fmt: skip
     always = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps")
     return {key: value for key, value in asdict(config).items() if key in always or value != told[key]}
 
 
 def hf_config(model: Transformer) -> dict:
     """`config.json` in both spellings at once: transformers 4 reads the top level, transformers 5 `rope_parameters`."""
-    config = model.config
-    rope = {"rope_type": "default"}
+    config, rope = model.config, {"rope_type": "default"}
     if config.use_scaled_rope:
         rope = {"rope_type": "llama3"} | {key: getattr(config, field) for field, key in ROPE_KEYS.items()}
     dtype = str(model.output.weight.dtype).removeprefix("torch.")
     family = "mistral" if config.sliding_window else "llama"
-    return {
-        "architectures": [f"{family.capitalize()}ForCausalLM"],
-        "model_type": family,
-        "hidden_act": "silu",
-        **{key: getattr(config, field) for field, key in HF_KEYS.items()},
+    return {key: getattr(config, field) for field, key in HF_KEYS.items()} | {
+        "architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family, "hidden_act": "silu",
         "rope_scaling": rope if config.use_scaled_rope else None,
-        "rope_parameters": rope | {"rope_theta": config.rope_theta},
-        "torch_dtype": dtype,
-        "dtype": dtype,
-    }
+        "rope_parameters": rope | {"rope_theta": config.rope_theta}, "torch_dtype": dtype, "dtype": dtype,
+    }  # fmt: skip
 
 
 def write_safetensors(model: Transformer, values: Iterator[tuple[str, Tensor]], file: BinaryIO) -> None:
-    """Write the weights under Hugging Face's names; `read_safetensors` says how such a file is laid out."""
+    """Write the weights under Hugging Face's names; `read_weights` says how such a file is laid out."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
-    weights = {name: p for name, p in model.named_parameters() if name.endswith(".weight")}
-    for name, p in weights.items():
-        begin, end = end, end + p.numel() * p.element_size()
-        header[to_hf_name(name)] = {"dtype": dtypes[p.dtype], "shape": list(p.shape), "data_offsets": [begin, end]}
+    for name, p in model.named_parameters():
+        if name.endswith(".weight"):
+            begin, end = end, end + p.numel() * p.element_size()
+            header[to_hf_name(name)] = {"dtype": dtypes[p.dtype], "shape": list(p.shape), "data_offsets": [begin, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     file.write(len(head).to_bytes(8, "little") + head)
-    for name, weight in tqdm(values, "saving", len(weights), leave=False, disable=None):
+    for name, weight in tqdm(values, "saving", len(header) - 1, leave=False, disable=None):
         if name.endswith(("wq.weight", "wk.weight")):
             weight = permute_rotary(weight, model.config.head_dim, to_hf=True)
         file.write(weight.contiguous().cpu().view(torch.uint8).numpy())
@@ -780,26 +722,21 @@ def main() -> None:
     add("--temperature", type=at_least(0, float), default=0.0, help="0 is greedy (default: %(default)s)")
     add("--top-p", type=at_least(1e-12, float, 1), default=1.0, help="nucleus sampling (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add(
-        "--dtype", choices=("fp32", "bf16"), help="default: bf16 on cuda, fp32 elsewhere; of an export, as it is stored"
-    )
+    add("--dtype", choices=FLAG_DTYPES, help="default: bf16 on cuda, fp32 elsewhere; of an export, as it is stored")
     add("--seed", type=at_least(0), default=0, help="default: %(default)s")
     add("--export", metavar="DIR", help="save the checkpoint in Hugging Face's layout, its tokenizer included, and end")
-    command(parser, lambda: print_continuation(parser.parse_args()))
+    command(parser, lambda: export_or_continue(parser.parse_args()))
 
 
-def print_continuation(args: argparse.Namespace) -> None:
-    """Print the prompt and stream what the model says next."""
+def export_or_continue(args: argparse.Namespace) -> None:
+    """Save the checkpoint in Hugging Face's layout, or print the prompt and stream what the model says next."""
     if args.export:
-        stored = next(iter(read_checkpoint(args.ckpt)[1].values()))[0].dtype
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(args.dtype, stored)
-        save_model(load_model(args.ckpt, dtype=dtype), args.export, "hf")
+        save_model(load_model(args.ckpt, dtype=FLAG_DTYPES.get(args.dtype)), args.export, "hf")
         copy_tokenizer(args.ckpt, args.export)
         return print(f"saved: {args.export}")
     model, tokenizer = load(args.ckpt, args)
     torch.manual_seed(args.seed)
-    args.prompt = alpaca_prompt(args.prompt) if args.instruct else args.prompt
-    ids = tokenizer.encode(args.prompt, bos=True)
+    ids = tokenizer.encode(alpaca_prompt(args.prompt) if args.instruct else args.prompt, bos=True)
     room = model.config.max_seq_len - len(ids)
     if room < 1:
         raise InputError(f"--prompt: {len(ids)} tokens leave no room in the context of {model.config.max_seq_len}")
