@@ -62,7 +62,8 @@ class ModelConfig:
             value = getattr(self, field.name)
             # JSON writes 10000 for 10000.0, so a float may be an int; and to Python true and false are ints as well.
             good = isinstance(value, field.type | int) and isinstance(value, bool) == (field.type is bool)
-            if not good or not (value is None or isinstance(value, bool) or 0 < value < 2**31):
+            most = math.inf if field.type is float else 2**31  # rope_theta is 3.6e9 in a LLaMA-3 for a million tokens
+            if not good or not (value is None or isinstance(value, bool) or 0 < value < most):
                 raise ValueError(f"{field.name} is {value!r}, which is not a positive number, or true or false")
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.dim / self.n_heads
