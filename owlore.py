@@ -259,14 +259,13 @@ class ProjectedAdam(torch.optim.Optimizer):
             for p_rows, *rows, noise in row_blocks(p, seed, own(g), m, v):
                 write_back(p_rows, adam(*rows, t, group), group, noise)
             return
-        R = self._project(group, p, whole(g)) if g is p.grad else g
+        R = self._project(group, p, whole(g)) if g is p.grad else g  # R = G P, of a new P if it is due
         if R.dim() == 0:  # no basis could be had: this matrix waits for the next step
             return
-        N, P = group["scale"] * adam(R, *moments(state, R), group), state["basis"]
+        N, P = group["scale"] * adam(R, *moments(state, R), group), state["basis"]  # N = scale Adam(R)
         left, right = (N, P.T) if is_tall(p) else (P, N)
-        # W = (1 - lr weight_decay) W - lr scale N P^T, some rows at a time
         for p_rows, rows, noise in row_blocks(p, seed, left[rows_of(p)]):
-            write_back(p_rows, rows @ right, group, noise)
+            write_back(p_rows, rows @ right, group, noise)  # W = (1 - lr weight_decay) W - lr N P^T
 
     def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor:
         """R = G P, after renewing P if it is due. A scalar, 0 or nan, stands for no R: G is zero or not finite, or its
@@ -337,9 +336,7 @@ class ProjectedAdam(torch.optim.Optimizer):
             if rank is not None and p.dim() != 2:
                 raise ValueError(f"only matrices can be projected, not a parameter of shape {list(p.shape)}")
             if is_sharded(p) and not (p.device_mesh.ndim == 1 and p.placements[0].is_shard(0)):
-                raise ValueError(
-                    f"weights must be sharded by rows, over one dimension of processes, not {p.placements}"
-                )
+                raise ValueError(f"weights must be sharded by rows over one dimension of processes, not {p.placements}")
             if p.is_complex():
                 raise ValueError("complex parameters are not supported: give their real and imaginary parts")
         self.param_groups.append(group)
@@ -385,7 +382,7 @@ class ProjectedAdam(torch.optim.Optimizer):
                 raise ValueError(f"a group of rank {here['rank']} cannot load the state of rank {there.get('rank')}")
             if there.get("amsgrad") or there.get("maximize"):
                 raise ValueError("cannot load the state of an AdamW with amsgrad or maximize")
-        # torch's own would cast fp32 moments to the dtype of bf16 weights: it only gets the groups.
+        # torch's own would cast fp32 moments to the dtype of bf16 weights: it gets the groups only.
         super().load_state_dict({**state_dict, "state": {}})
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, state in state_dict["state"].items():
@@ -573,8 +570,8 @@ class ProjectedGradient(Tensor):
         group = projected_group(p, optimizer)
         if group is None or self.passes > optimizer.micro_batches:
             raise RuntimeError(
-                f"{self.passes} backward passes without step and zero_grad: set optimizer.micro_batches to how many there "
-                "are, let no other optimizer train these parameters, do not take_factors of a module that runs twice"
+                f"{self.passes} backward passes without step and zero_grad: set optimizer.micro_batches to their "
+                "number, let no other optimizer train these parameters, do not take_factors of a module that runs twice"
             )
         if R is None and optimizer._basis_is_due(group, p):
             if self.R is not None:

@@ -1398,7 +1398,7 @@ def test_without_rank_it_is_adamw():
             p.grad = torch.randn(p.shape)
             q.grad = p.grad.clone()
         if n == 100:  # its state can be taken over, too
-            a = ProjectedAdam(ours, lr=1)
+            a = ProjectedAdam(ours, lr=1, in_backward=True)
             a.load_state_dict(b.state_dict())
         a.step()
         b.step()
