@@ -501,10 +501,10 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     n, width = G.shape[1], max(8, rank // 4)
     k = KRYLOV_BLOCKS * width
     size = magnitude(gradient) or 1.0
-    if not math.isfinite(size):
-        raise torch.linalg.LinAlgError("the gradient is not finite")
     # A small one is quick to do exactly, and then the last directions do not hang on the rounding errors of G.
     if svd == "exact" or n <= max(k, 256):
+        if not math.isfinite(size):
+            raise torch.linalg.LinAlgError("the gradient is not finite")
         return torch.linalg.svd(G.float(), full_matrices=False).Vh[:rank].T.contiguous()
 
     def halves(X: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -529,6 +529,8 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     # so of the last block's A X no more than X^T A X is needed.
     KAK = K.T @ AK
     KAK[-width:, -width:] = sum(GX @ GX.T for _, GX in halves(X))
+    if not KAK.isfinite().all():
+        raise torch.linalg.LinAlgError("the gradient is not finite")
     leading = torch.linalg.eigh(KAK).eigenvectors.flip(1)[:, :rank]
     return torch.ormqr(H, tau, F.pad(leading, (0, 0, 0, n - k)))  # K leading
 

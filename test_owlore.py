@@ -1538,6 +1538,8 @@ GRADIENTS = {
     "tiny": lambda m, n: 1e-30 * torch.randn(m, 5) @ torch.randn(5, n),
     "huge": lambda m, n: 1e30 * torch.randn(m, 5) @ torch.randn(5, n),
     "one entry": lambda m, n: torch.zeros(m, n).index_put((torch.tensor(3), torch.tensor(7)), torch.tensor(1.0)),
+    "one huge entry": lambda m, n: 1e30 * GRADIENTS["one entry"](m, n),
+    "one tiny entry": lambda m, n: 1e-30 * GRADIENTS["one entry"](m, n),
     "equal columns": lambda m, n: torch.randn(m, 1).expand(m, n),
     "power law": lambda m, n: torch.randn(m, n) / torch.arange(1, n + 1) @ torch.randn(n, n),
 }
