@@ -47,10 +47,8 @@ def outlier_distribution(
     outliers at all. Raises ValueError for a layer without a linear that runs, or without scores that are finite.
     """
     linears = [find_linears(layer) for layer in layers]
-    if not linears or not all(linears):
-        raise ValueError("outlier_distribution needs layers that each hold at least one nn.Linear")
-    if not all(linear.weight.is_floating_point() for linear in sum(linears, [])):
-        raise ValueError("outlier_distribution needs float weights, not quantized ones")
+    if not linears or not all(linears) or not all(m.weight.is_floating_point() for m in sum(linears, [])):
+        raise ValueError("outlier_distribution needs layers with an nn.Linear each, its weights float, not quantized")
     width = linears[0][0].in_features
     threshold = default_threshold(width) if threshold is None else threshold
     squares: dict[nn.Linear, Tensor] = {}  # ||X_j||_2^2, fp32 [in_features]
@@ -60,7 +58,7 @@ def outlier_distribution(
         wide = torch.promote_types(X.dtype, torch.float32)  # the norm reads bf16 as fp32, without a copy
         squares[linear] = squares.get(linear, 0) + torch.linalg.vector_norm(X, dim=0, dtype=wide).float().square()
 
-    was_training = {module: module.training for module in model.modules()}
+    training = [module for module in model.modules() if module.training]
     hooks = [linear.register_forward_pre_hook(add_squares, with_kwargs=True) for linear in sum(linears, [])]
     try:
         model.eval()
@@ -69,8 +67,8 @@ def outlier_distribution(
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in was_training.items():
-            module.training = mode
+        for module in training:
+            module.training = True
 
     def scores(linear: nn.Linear) -> Tensor:
         norms = squares[linear].sqrt()
@@ -91,7 +89,7 @@ def outlier_distribution(
     if not any(D):
         suits = f"{default_threshold(width):.2g} suits a width of {width}"
         warnings.warn(
-            f"no weight is {threshold:g} times its layer's mean: use a smaller threshold, {suits}", stacklevel=3
+            f"no score is {threshold:g} times its layer's mean: use a smaller threshold, {suits}", stacklevel=3
         )
     return torch.stack(D)
 
@@ -120,12 +118,11 @@ def hill_alpha(weight: Tensor) -> float:
     """
     if weight.dim() != 2 or min(weight.shape) < 2:
         raise ValueError(f"hill_alpha needs a matrix of at least 2 x 2, not {list(weight.shape)}")
-    s = torch.linalg.svdvals(weight.float()).double().flip(0)  # ascending
-    n, k = len(s), len(s) // 2
-    if s[n - k - 1] <= s[-1] * max(weight.shape) * torch.finfo(torch.float32).eps:
+    s = torch.linalg.svdvals(weight.float()).double()  # sqrt(e), the largest first
+    k = len(s) // 2
+    if s[k] <= s[0] * max(weight.shape) * torch.finfo(torch.float32).eps:
         return 1.0
-    e = s.square()
-    return 1 + k / (e[n - k :] / e[n - k - 1]).log().sum().item()
+    return 1 + k / (s[:k] / s[k]).square().log().sum().item()
 
 
 # 2. Sample
@@ -141,13 +138,12 @@ def sampling_probabilities(outliers: Tensor, mode: str = "outlier") -> Tensor:
         increasing  in proportion to 1, 2, ..., L; decreasing: to L, ..., 2, 1
     Raises ValueError for another mode, or outliers that are negative or not finite.
     """
-    D = torch.as_tensor(outliers)
-    D = D if D.is_floating_point() else D.float()
+    D = torch.as_tensor(outliers) * 1.0  # of integers, too
     if D.dim() != 1 or not len(D) or not (torch.isfinite(D) & (D >= 0)).all():
         raise ValueError("outliers must be finite and not negative, one per layer")
-    uniform, increasing = torch.ones_like(D), torch.arange(1, len(D) + 1).to(D)
+    uniform = torch.ones_like(D)
     modes = {"outlier": D, "uniform": uniform, "reverse": D.max() - D}
-    modes |= {"increasing": increasing, "decreasing": increasing.flip(0)}
+    modes |= {"increasing": uniform.cumsum(0), "decreasing": uniform.cumsum(0).flip(0)}
     if mode not in modes:
         raise ValueError(f"mode {mode!r} is not one of {', '.join(modes)}")
     weights = modes[mode] if modes[mode].sum() > 0 else uniform
@@ -166,10 +162,9 @@ class LayerSampler:
 
     def __init__(self, layers: Sequence[nn.Module], probabilities: Tensor, active: int, seed: int = 0):
         self.layers, self.active = layers, active
-        self.probabilities = torch.as_tensor(probabilities).double().cpu()
+        self.probabilities = p = torch.as_tensor(probabilities).double().cpu()
         self.trainable = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
-        valid = (self.probabilities >= 0) & (self.probabilities < math.inf)
-        if self.probabilities.shape != (len(layers),) or not valid.all():
+        if p.shape != (len(layers),) or not ((p >= 0) & (p < math.inf)).all():
             raise ValueError(f"{len(layers)} layers need as many probabilities, finite and none of them negative")
         if not 1 <= active <= len(layers):
             raise ValueError(f"active must be between 1 and the {len(layers)} layers there are, not {active}")
@@ -241,90 +236,44 @@ class ProjectedAdam(torch.optim.Optimizer):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, svd=svd)
         super().__init__(params, defaults | dict(rank=None, update_gap=100, scale=1.0, steps=0))
 
-    def add_param_group(self, param_group: dict) -> None:
-        """Add a group; with a `rank`, its matrices are projected."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        projected, problem = group["rank"] is not None, None
-        if projected and not all(isinstance(group[key], int) and group[key] >= 1 for key in ("rank", "update_gap")):
-            problem = f"rank {group['rank']} and update_gap {group['update_gap']} must be integers, at least 1"
-        elif group["svd"] not in ("randomized", "exact"):
-            problem = f"svd {group['svd']!r} is not randomized or exact"
-        for p in group["params"]:
-            if projected and p.dim() != 2:
-                problem = f"only matrices can be projected, not a parameter of shape {list(p.shape)}"
-            elif is_sharded(p) and not (p.device_mesh.ndim == 1 and p.placements[0].is_shard(0)):
-                problem = f"weights must be sharded by rows, over one dimension of processes, not {p.placements}"
-            elif p.is_complex():
-                problem = "complex parameters are not supported: give their real and imaginary parts"
-        if problem:
-            self.param_groups.pop()
-            raise ValueError(problem)
-        for p in group["params"] if projected and self.in_backward else ():
-            project_in_backward(p, self)
-
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
         """Update every parameter that has a gradient. closure: recomputes the loss, which is returned."""
         loss = torch.enable_grad()(closure)() if closure is not None else None
-        with without_autocast():
-            self._step()
-        return loss
-
-    def _step(self) -> None:
         self._drop_frozen()
-        self._reduce()
         for group in self.param_groups:
             group["steps"] += 1
-        for index, group, p in self._with_gradient():
-            # Counted over the whole run: a layer drawn again must not meet its old noise. Alike in all processes.
-            state, seed = self.state[p], (group["steps"], index)
-            if group["rank"] is None:
-                if "basis" in state:  # the group was edited: begin anew
-                    state.clear()
-                m, v, t = moments(state, own(p.grad))
-                for p_rows, *rows, noise in row_blocks(p, seed, own(p.grad), m, v):
-                    write_back(p_rows, adam(*rows, t, group), group, noise)
-                continue
-            R = self._low_rank(group, p)  # R = G P, of a new P if it is due
-            if R.dim() == 0:  # no basis could be had: this matrix waits for the next step
-                continue
-            N, P = adam(R, *moments(state, R), group), state["basis"]
-            left, right = (group["scale"] * N, P.T) if is_tall(p) else (P, group["scale"] * N)
-            left = left[first_row(p) :][: len(own(p))]
-            # W = (1 - lr weight_decay) W - lr scale N P^T, some rows at a time
-            for p_rows, rows, noise in row_blocks(p, seed, left):
-                write_back(p_rows, rows @ right, group, noise)
+        with without_autocast():
+            for index, group, p, g in self._gradients():
+                # Seeds count the steps of the whole run: a layer drawn again must not meet its old noise.
+                self._update(group, p, g, (group["steps"], index))
+        return loss
 
-    def _low_rank(self, group: dict, p: Tensor) -> Tensor:
-        """R of p's gradient, [m, rank] or [rank, n]; a scalar if its basis is due and could not be had."""
-        mine = isinstance(p.grad, ProjectedGradient) and p.grad.optimizer() is self
-        return p.grad.low_rank() if mine else self._project(group, p, whole(p.grad))
-
-    def _reduce(self) -> None:
-        """Add up, over the processes that share the weights, what each of them has of R, all in one exchange."""
-        partial = []
-        for _, group, p in self._with_gradient():
-            # Not made by factors, but by autograd: FSDP has taken the mean over the processes already.
-            if self.in_backward and group["rank"] is not None and is_sharded(p.grad):
-                G, p.grad = whole(p.grad), ProjectedGradient(p, self)
-                p.grad.R = self._project(group, p, G)
-            if isinstance(p.grad, ProjectedGradient) and p.grad.partial and p.grad.G is None:
-                partial.append(p.grad)
-        if partial:
-            flat = torch.cat([gradient.R.flatten() for gradient in partial])
-            mean_over_processes(flat, partial[0].p())
-            for gradient, R in zip(partial, flat.split([gradient.R.numel() for gradient in partial])):
-                gradient.R, gradient.partial = R.view_as(gradient.R), False
+    def _update(self, group: dict, p: Tensor, g: Tensor, seed: tuple) -> None:
+        """One step of one parameter. g: its gradient G, or R. seed: of the noise that bf16 weights are rounded with."""
+        state = self.state[p]
+        if group["rank"] is None:
+            if "basis" in state:  # the group was edited: begin anew
+                state.clear()
+            m, v, t = moments(state, own(g))
+            for p_rows, *rows, noise in row_blocks(p, seed, own(g), m, v):
+                write_back(p_rows, adam(*rows, t, group), group, noise)
+            return
+        R = self._project(group, p, whole(g)) if g is p.grad else g  # R = G P, of a new P if it is due
+        if R.dim() == 0:  # no basis could be had: this matrix waits for the next step
+            return
+        N, P = group["scale"] * adam(R, *moments(state, R), group), state["basis"]  # N = scale Adam(R)
+        left, right = (N, P.T) if is_tall(p) else (P, N)
+        for p_rows, rows, noise in row_blocks(p, seed, left[rows_of(p)]):
+            write_back(p_rows, rows @ right, group, noise)  # W = (1 - lr weight_decay) W - lr N P^T
 
     def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor:
-        """R = G P, after renewing P if it is due. A scalar, 0, inf or nan, stands for no R: G is zero or not finite, or
-        its SVD did not converge, and the matrix or the whole step waits."""
+        """R = G P, after renewing P if it is due. A scalar, 0 or nan, stands for no R: G is zero or not finite, or its
+        SVD did not converge, and the matrix or the whole step waits."""
         state = self.state[p]
         if self._basis_is_due(group, p):
-            size = magnitude(G)
-            if not 0 < size < math.inf:
-                return torch.tensor(size, device=G.device)
+            if magnitude(G) == 0:
+                return torch.tensor(0.0, device=G.device)
             try:
                 P = projection_basis(G, group["rank"], group["svd"])
             except torch.linalg.LinAlgError:
@@ -347,21 +296,56 @@ class ProjectedAdam(torch.optim.Optimizer):
         known = "basis" in state and state["basis"].shape[1] == rank  # the group's rank may have been edited
         return not known or state.get("step", 0) % group["update_gap"] == 0
 
-    def _with_gradient(self) -> Iterator[tuple[int, dict, Tensor]]:
-        """Number, group and parameter of all that have a gradient."""
+    def _gradients(self) -> list[tuple[int, dict, Tensor, Tensor]]:
+        """Number, group, parameter and gradient of all that have one: R if the backward pass has projected it."""
+        gradients, partial = [], []
         parameters = ((group, p) for group in self.param_groups for p in group["params"])
         for index, (group, p) in enumerate(parameters):
-            if p.grad is not None and p.numel():
-                if not isinstance(p.grad, ProjectedGradient) and p.grad.is_sparse:
-                    raise RuntimeError("sparse gradients are not supported: use nn.Embedding(sparse=False)")
-                yield index, group, p
+            g = p.grad
+            if g is None or not p.numel():
+                continue
+            if self.in_backward and group["rank"] is not None and is_sharded(g):
+                # Not made by factors, but by autograd: FSDP has taken the mean over the processes already.
+                p.grad = ProjectedGradient(p, self)
+                p.grad.G, g = whole(g), p.grad
+            if isinstance(g, ProjectedGradient):
+                if g.optimizer() is self and group["rank"] is not None:
+                    g = g.low_rank(group)
+                    partial += [p.grad] if p.grad.partial else []
+            elif g.is_sparse:
+                raise RuntimeError("sparse gradients are not supported: use nn.Embedding(sparse=False)")
+            gradients.append((index, group, p, g))
+        if partial:  # what each process has of R becomes the mean over those that share the weights, in one exchange
+            flat = torch.cat([gradient.R.flatten() for gradient in partial])
+            mean_over_processes(flat, partial[0].p())
+            for gradient, R in zip(partial, flat.split([gradient.R.numel() for gradient in partial])):
+                gradient.R.copy_(R.view_as(gradient.R))
+                gradient.partial = False
+        return gradients
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group; with a `rank`, its matrices are projected."""
+        super().add_param_group(param_group)
+        group = self.param_groups.pop()  # it comes back when all is well
+        rank, update_gap, svd = group["rank"], group["update_gap"], group["svd"]
+        if rank is not None and not all(isinstance(n, int) and n >= 1 for n in (rank, update_gap)):
+            raise ValueError(f"rank {rank} and update_gap {update_gap} must be integers, at least 1")
+        if svd not in ("randomized", "exact"):
+            raise ValueError(f"svd {svd!r} is not randomized or exact")
+        for p in group["params"]:
+            if rank is not None and p.dim() != 2:
+                raise ValueError(f"only matrices can be projected, not a parameter of shape {list(p.shape)}")
+            if is_sharded(p) and not (p.device_mesh.ndim == 1 and p.placements[0].is_shard(0)):
+                raise ValueError(f"weights must be sharded by rows over one dimension of processes, not {p.placements}")
+            if p.is_complex():
+                raise ValueError("complex parameters are not supported: give their real and imaginary parts")
+        self.param_groups.append(group)
+        project_in_backward(group, self)
 
     def _drop_frozen(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if not p.requires_grad:
-                    self.state.pop(p, None)
-                    p.grad = None
+        for p in (p for group in self.param_groups for p in group["params"] if not p.requires_grad):
+            self.state.pop(p, None)
+            p.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and the state of parameters that are frozen now: they cost nothing."""
@@ -374,21 +358,19 @@ class ProjectedAdam(torch.optim.Optimizer):
 
         Returns the norm before, fp32, without waiting for the device. It is not finite if a gradient is not, and then
         all of them become nan, as by torch.nn.utils.clip_grad_norm_."""
-        self._reduce()
-        gradients, norms, shards = [], [], []
-        for _, group, p in self._with_gradient():
-            g = self._low_rank(group, p) if isinstance(p.grad, ProjectedGradient) else p.grad
-            norm = torch.linalg.vector_norm(own(g), dtype=torch.promote_types(g.dtype, torch.float32)).float()
-            (shards if is_sharded(g) and g.device_mesh.size() > 1 else norms).append(norm.to(compute_device(p)))
-            gradients.append(own(g))
-        if not gradients:
-            return torch.tensor(0.0)
-        if shards:  # the parts that all processes have of the same gradients
-            square = torch.stack(shards).norm().square()
-            torch.distributed.all_reduce(square, group=p.device_mesh.get_group())
-            norms.append(square.sqrt())
-        norm = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+        gradients = [g for *_, g in self._gradients()]
+        norms = []
         for g in gradients:
+            wide = torch.promote_types(g.dtype, torch.float32)  # squares of fp16 overflow
+            norms.append(torch.linalg.vector_norm(own(g), dtype=wide).float().to(compute_device(g)))
+        shards = [n for n, g in enumerate(gradients) if is_sharded(g)]  # each process has a part of these
+        if shards:
+            squares = torch.stack([norms[n] for n in shards]).square()
+            torch.distributed.all_reduce(squares, group=gradients[shards[0]].device_mesh.get_group())
+            for n, square in zip(shards, squares):
+                norms[n] = square.sqrt()
+        norm = torch.stack([norm.to(norms[0].device) for norm in norms]).norm() if norms else torch.tensor(0.0)
+        for g in map(own, gradients):
             g.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(g.device))
         return norm
 
@@ -397,39 +379,34 @@ class ProjectedAdam(torch.optim.Optimizer):
         is projected here and plain there, or the other way round."""
         for here, there in zip(self.param_groups, state_dict["param_groups"]):
             if (here["rank"] is None) != (there.get("rank") is None):
-                ranks = f"rank {there.get('rank')} into a group of rank {here['rank']}"
-                raise ValueError(f"cannot load the state of a group of {ranks}: make the groups as they were")
+                raise ValueError(f"a group of rank {here['rank']} cannot load the state of rank {there.get('rank')}")
             if there.get("amsgrad") or there.get("maximize"):
                 raise ValueError("cannot load the state of an AdamW with amsgrad or maximize")
-        # torch's own would cast fp32 moments to the dtype of bf16 weights: it only gets the groups.
+        # torch's own would cast fp32 moments to the dtype of bf16 weights: it gets the groups only.
         super().load_state_dict({**state_dict, "state": {}})
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, state in state_dict["state"].items():
-            p = parameters[index]
-            device = compute_device(p) if "basis" in state else p.device
-            rows = state if "basis" in state else {k: own_rows(v, p) for k, v in state.items() if k != "step"}
-            tensors = {k: v.to(device, torch.float32, copy=True) for k, v in rows.items() if k != "step"}
-            self.state[p] = tensors | {k: int(v) for k, v in state.items() if k == "step"}
+            p, low_rank = parameters[index], "basis" in state
+            device = compute_device(p) if low_rank else p.device
+            for key, value in state.items():
+                if key != "step":
+                    value = (value if low_rank else own_rows(value, p)).to(device, torch.float32, copy=True)
+                self.state[p][key] = int(value) if key == "step" else value
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"in_backward": self.in_backward, "micro_batches": self.micro_batches}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        for group in self.param_groups if self.in_backward else []:
-            for p in group["params"] if group["rank"] is not None else []:
-                project_in_backward(p, self)
+        for group in self.param_groups:
+            group.update(self.defaults | group)  # torch's AdamW has fewer settings
+            project_in_backward(group, self)
 
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
     """The optimizer's arithmetic is fp32 even if a loop has autocast on."""
-    with contextlib.ExitStack() as stack:
-        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
-            stack.enter_context(torch.autocast(device, enabled=False))
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 
@@ -440,12 +417,9 @@ def is_tall(W: Tensor) -> bool:
 
 def project(G: Tensor, P: Tensor) -> Tensor:
     """R of a gradient [m, n], in fp32: [m, rank] or [rank, n]."""
-    if G.dtype == torch.float32:
-        return G @ P if is_tall(G) else P.T @ G
-    # The same, a few rows at a time: there is no room for an fp32 copy of all of G.
     if is_tall(G):
-        return torch.cat([rows.float() @ P for (rows,) in row_chunks(G)])
-    return sum(P_rows.T @ rows.float() for rows, P_rows in row_chunks(G, P))
+        return torch.cat([rows @ P for (rows,) in fp32_rows(G)])
+    return sum(P_rows.T @ rows for rows, P_rows in fp32_rows(G, P))
 
 
 def moments(state: dict, g: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -473,19 +447,13 @@ def write_back(p: Tensor, update: Tensor, group: dict, noise: Tensor | None) -> 
     p.copy_(stochastic_round(new, noise) if p.dtype == torch.bfloat16 else new)
 
 
-def rounding_noise(shape: Sequence[int], device: torch.device, random: torch.Generator | None = None) -> Tensor:
-    """What `stochastic_round` adds: int32, uniform in 0 ... 2^16 - 1. random: torch's global generator if left out."""
-    return torch.empty(shape, dtype=torch.int32, device=device).random_(0, 1 << 16, generator=random)
-
-
-def stochastic_round(x: Tensor, noise: Tensor | None = None) -> Tensor:
+def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
     """Round fp32 to bf16, up or down at random so that the mean is x. An update below bf16's resolution, 1 part in 256,
     then moves a weight by the right amount on average, while rounding to nearest would lose it every time.
 
-    bf16 is the upper half of fp32: uniform noise added to the lower half carries into the upper one with just the
-    probability wanted. What is not finite stays what it is. noise: `rounding_noise`, new if left out.
+    bf16 is the upper half of fp32: noise, int32 and uniform in 0 ... 2^16 - 1, added to the lower half carries into the
+    upper one with just the probability wanted. What is not finite stays what it is.
     """
-    noise = rounding_noise(x.shape, x.device) if noise is None else noise
     rounded = (noise + x.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
@@ -493,11 +461,11 @@ def stochastic_round(x: Tensor, noise: Tensor | None = None) -> Tensor:
 CHUNK = 2**21  # elements handled at once if all of a matrix in fp32 would take too much memory: 8 MiB
 
 
-def row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Walk tensors of the same number of rows together, a few rows (views) at a time, CHUNK elements of the first."""
-    tensors = tuple(torch.atleast_1d(tensor) for tensor in tensors)
-    rows = max(1, CHUNK * len(tensors[0]) // max(1, tensors[0].numel()))
-    return zip(*(tensor.split(rows) for tensor in tensors))
+def fp32_rows(G: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Walk the rows of G in fp32, and tensors of as many rows: a few at a time if there is no room for an fp32 copy."""
+    height = len(G) if G.dtype == torch.float32 else max(1, CHUNK // G.shape[1])
+    for rows, *parts in zip(*(x.split(height) for x in (G, *others))):
+        yield rows.float(), *parts
 
 
 def row_blocks(p: Tensor, seed: tuple, *tensors: Tensor) -> Iterator[tuple]:
@@ -505,18 +473,17 @@ def row_blocks(p: Tensor, seed: tuple, *tensors: Tensor) -> Iterator[tuple]:
     noise for rounding them if p is bf16, else None. It is drawn for blocks of the whole matrix, each from a seed of its
     own, so it is the same however many processes share the rows."""
     rows, *tensors = (torch.atleast_1d(x) for x in (own(p), *tensors))
-    first, total, height = first_row(p), max(p.shape[:1], default=1), max(1, CHUNK // max(1, p.shape[1:].numel()))
-    random = torch.Generator(tensors[0].device) if p.dtype == torch.bfloat16 else None
-    begin = first
-    while begin < first + len(rows):
-        block, noise = begin // height, None
-        end = min((block + 1) * height, first + len(rows))
-        if random:
-            random.manual_seed(hash((*seed, block)) % 2**32)
-            shape = min(height, total - block * height), *rows.shape[1:]
-            noise = rounding_noise(shape, tensors[0].device, random)[begin - block * height :][: end - begin]
-        yield *(x[begin - first : end - first] for x in (rows, *tensors)), noise
-        begin = end
+    first, width = rows_of(p).start, p.shape[1:].numel()
+    height, device = max(1, CHUNK // width), tensors[0].device
+    random = torch.Generator(device)
+    for begin in range(first - first % height, first + len(rows), height):
+        ours, noise = slice(max(begin - first, 0), begin - first + height), None
+        if p.dtype == torch.bfloat16:
+            random.manual_seed(hash((*seed, begin // height)) % 2**32)
+            shape = min(height, p.numel() // width - begin), *rows.shape[1:]
+            noise = torch.randint(1 << 16, shape, dtype=torch.int32, device=device, generator=random)
+            noise = noise[max(first - begin, 0) :][: len(rows[ours])]
+        yield *(x[ours] for x in (rows, *tensors)), noise
 
 
 KRYLOV_BLOCKS = 9  # each a quarter of the rank wide, together 2.25 times as wide as P
@@ -533,17 +500,16 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     G = gradient if is_tall(gradient) else gradient.T  # [larger, n]: P spans its rows
     n, width = G.shape[1], max(8, rank // 4)
     k = KRYLOV_BLOCKS * width
+    size = magnitude(gradient) or 1.0
     # A small one is quick to do exactly, and then the last directions do not hang on the rounding errors of G.
     if svd == "exact" or n <= max(k, 256):
-        if not math.isfinite(magnitude(G)):
+        if not math.isfinite(size):
             raise torch.linalg.LinAlgError("the gradient is not finite")
         return torch.linalg.svd(G.float(), full_matrices=False).Vh[:rank].T.contiguous()
 
-    size = magnitude(G[:: 1 + len(G) // 64]) or 1.0  # of some rows: enough to scale by
-
     def halves(X: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Some rows of G and (G X)^T of them, over size: A = G^T G / size^2 then neither overflows nor vanishes."""
-        for rows in [G] if G.dtype == torch.float32 else (rows.float() for (rows,) in row_chunks(G)):
+        for (rows,) in fp32_rows(G):
             yield rows, X.T @ rows.T / size  # CPUs are faster at a few rows times a matrix than at its transpose
 
     # The span of X, A X, A^2 X, ... of a random X holds G's leading directions, and K is an orthonormal basis of it. H
@@ -570,9 +536,9 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
 
 
 def magnitude(G: Tensor) -> float:
-    """A number to scale G with, of the order of its norm; 0, inf or nan only if G is zero or not finite."""
-    norm = torch.linalg.vector_norm(G, dtype=torch.promote_types(G.dtype, torch.float32)).item()
-    return norm if 0 < norm < math.inf else torch.linalg.vector_norm(G, torch.inf).item()  # squares have their limits
+    """The largest magnitude of G's entries; inf or nan if they are not all finite."""
+    low, high = torch.aminmax(G)
+    return torch.maximum(-low, high).item()
 
 
 # 4. Project in the backward pass: ProjectedAdam(..., in_backward=True)
@@ -584,21 +550,18 @@ class ProjectedGradient(Tensor):
 
     Autograd adds the gradients of further micro-batches to p.grad: each is projected, and they add up as R. A basis
     that is due is that of the whole step's gradient, so the sum of G then waits in host memory for the last of the
-    backward passes that make a step. Set the optimizer's `micro_batches` to how many they are.
-
-    Whatever else takes p.grad for the gradient is told so at once: torch.nn.utils.clip_grad_norm_ (the optimizer has a
-    method of its own), GradScaler, DistributedDataParallel, another optimizer.
+    optimizer's `micro_batches`. Whatever else takes p.grad for the gradient is told so at once: GradScaler, torch's
+    clip_grad_norm_ (the optimizer has its own), DistributedDataParallel, another optimizer.
     """
 
     @staticmethod
     def __new__(cls, p: Tensor, optimizer: ProjectedAdam):
         # p.grad must be a tensor of p's shape. This one has no data: R, far smaller, is an attribute.
-        return Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device)
-
-    def __init__(self, p: Tensor, optimizer: ProjectedAdam):
+        self = Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device)
         self.p, self.optimizer = weakref.ref(p), weakref.ref(optimizer)
         self.R, self.G, self.passes = None, None, 0  # G: the sum over the passes so far, while the basis is due
         self.partial = False  # whether these are of this process's tokens only
+        return self
 
     @torch.no_grad()
     @without_autocast()
@@ -606,13 +569,12 @@ class ProjectedGradient(Tensor):
         """Add what a backward pass gave: G, or R if that was computed already."""
         optimizer, p = self.optimizer(), self.p()
         self.passes, self.partial = self.passes + 1, is_sharded(p)
-        if optimizer is None or self.passes > optimizer.micro_batches:
+        group = projected_group(p, optimizer)
+        if group is None or self.passes > optimizer.micro_batches:
             raise RuntimeError(
-                f"{self.passes} backward passes without step and zero_grad: with in_backward=True set "
-                "optimizer.micro_batches to how many make a step, let no other optimizer train these parameters, and "
-                "do not take_factors of a module that runs twice"
+                f"{self.passes} backward passes without step and zero_grad: set optimizer.micro_batches to their "
+                "number, let no other optimizer train these parameters, do not take_factors of a module that runs twice"
             )
-        group = group_of(p, optimizer)
         if R is None and optimizer._basis_is_due(group, p):
             if self.R is not None:
                 raise RuntimeError("clip_grad_norm_ or step came before the last of the optimizer's micro_batches")
@@ -620,22 +582,21 @@ class ProjectedGradient(Tensor):
             if self.passes < optimizer.micro_batches:
                 self.G = self.G.cpu()
             else:
-                self.low_rank()
+                self.low_rank(group)
         else:
-            R = project(G, optimizer.state[p]["basis"]) if R is None else R.float()
+            R = optimizer._project(group, p, G) if R is None else R.float()
             self.R = R if self.R is None else self.R.add_(R)
 
-    @torch.no_grad()
     @without_autocast()
-    def low_rank(self) -> Tensor:
+    def low_rank(self, group: dict) -> Tensor:
         """R of the whole step, or a scalar, as `ProjectedAdam._project`."""
         if self.G is not None:
-            optimizer, p = self.optimizer(), self.p()
+            p = self.p()
             G, self.G = self.G.to(compute_device(p)), None
             if self.partial:
                 mean_over_processes(G, p)
             self.partial = False
-            self.R = optimizer._project(group_of(p, optimizer), p, G)
+            self.R = self.optimizer()._project(group, p, G)
         return self.R
 
     @classmethod
@@ -656,35 +617,40 @@ class ProjectedGradient(Tensor):
         return f"ProjectedGradient(R={self.R})"
 
 
-def project_in_backward(p: Tensor, optimizer: ProjectedAdam) -> None:
-    """Have the gradients of a parameter projected for an optimizer."""
+def projected_group(p: Tensor, optimizer: ProjectedAdam | None) -> dict | None:
+    """The parameter group of p if the optimizer projects its gradient in the backward pass."""
+    if optimizer is not None and optimizer.in_backward:
+        for group in optimizer.param_groups:
+            if group["rank"] is not None and any(p is q for q in group["params"]):
+                return group
+    return None
+
+
+def project_in_backward(group: dict, optimizer: ProjectedAdam) -> None:
+    """Have the gradients of a group's matrices projected for an optimizer, if it is in this mode."""
+    if group["rank"] is None or not optimizer.in_backward:
+        return
     reference = weakref.ref(optimizer)  # a parameter must not keep a discarded optimizer, and its state, alive
 
     @torch.utils.hooks.unserializable_hook
     def hook(p: Tensor) -> None:
         optimizer = reference()
-        if optimizer is None or not optimizer.in_backward or group_of(p, optimizer)["rank"] is None:
-            return
-        if is_sharded(p.grad):  # the sum over all processes, of which each has some rows: it is projected by `step`
+        # A sharded gradient is the sum over all processes, of which each has some rows: it is projected by `step`.
+        if projected_group(p, optimizer) is None or is_sharded(p.grad):
             return
         if not isinstance(p.grad, ProjectedGradient):
             G, p.grad = p.grad, ProjectedGradient(p, optimizer)
             p.grad.add_gradient(G)
         elif p.grad.optimizer() is not optimizer:
             raise RuntimeError(
-                "another ProjectedAdam projects this gradient: set its in_backward to False, or delete it"
+                "another ProjectedAdam projects this gradient: set its in_backward to False or delete it"
             )
 
-    # torch takes a hook only while the parameter requires a gradient; it stays when the parameter is frozen again.
-    requires_grad = p.requires_grad
-    p.requires_grad_().register_post_accumulate_grad_hook(hook)
-    p.requires_grad_(requires_grad)
-
-
-def group_of(p: Tensor, optimizer: ProjectedAdam) -> dict:
-    """The parameter group of p; one without a rank if the optimizer does not have p."""
-    groups = (group for group in optimizer.param_groups if any(p is q for q in group["params"]))
-    return next(groups, {"rank": None})
+    for p in group["params"]:
+        # torch takes a hook only while the parameter requires a gradient; it stays when the parameter is frozen again.
+        requires_grad = p.requires_grad
+        p.requires_grad_().register_post_accumulate_grad_hook(hook)
+        p.requires_grad_(requires_grad)
 
 
 # 5. Project the factors of a gradient, G = dY^T X
@@ -696,6 +662,10 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
+        self.taker: tuple[weakref.ref, weakref.ref] | None = None  # see take_factors
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"taker": None}  # no optimizer has a copy's weight yet
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.weight.requires_grad:
@@ -722,13 +692,8 @@ class WeightGradient(torch.autograd.Function):
             adds = torch._C._will_engine_execute_node(ctx.next_functions[2][0])
         except RuntimeError:  # torch.autograd.grad with respect to W itself
             adds = False
-        projected = adds and project_factors(ctx.module, ctx.weight, dY, X)
+        projected = adds and ctx.module.taker is not None and project_factors(ctx.module, ctx.weight, dY, X)
         return grad, None, None if projected else dY.T @ X, None
-
-
-# Which optimizer takes the factors of a Linear, and for which parameter: FSDP shows forward and backward another than
-# the sharded one. Kept beside the modules, so that these can be copied and pickled.
-TAKERS: "weakref.WeakKeyDictionary[Linear, tuple[weakref.ref, weakref.ref]]" = weakref.WeakKeyDictionary()
 
 
 def take_factors(model: nn.Module, optimizer: ProjectedAdam) -> None:
@@ -737,17 +702,18 @@ def take_factors(model: nn.Module, optimizer: ProjectedAdam) -> None:
     is 29 % less for GaLore at 7B."""
     for module in model.modules():
         if isinstance(module, Linear):
-            TAKERS[module] = weakref.ref(optimizer), weakref.ref(module.weight)
+            # FSDP shows forward and backward pass another weight than this one, which the optimizer has.
+            module.taker = weakref.ref(optimizer), weakref.ref(module.weight)
 
 
 def project_factors(module: Linear, p: Tensor, dY: Tensor, X: Tensor) -> bool:
     """Add R of G = dY^T X to p.grad, at rank / m + rank / n of the cost of making G: R = dY^T (X P) if m >= n, else
     (P^T dY^T) X. False, and nothing done, if a new basis needs G itself or no optimizer projects p."""
-    optimizer, taken = (reference() for reference in TAKERS.get(module, (lambda: None,) * 2))
+    optimizer, taken = (reference() for reference in module.taker)
     p = taken if is_sharded(taken) else p
-    group = group_of(p, optimizer) if optimizer is not None and optimizer.in_backward else {"rank": None}
-    due = group["rank"] is not None and optimizer._basis_is_due(group, p)
-    if group["rank"] is None or (due and not is_sharded(p)):
+    group = projected_group(p, optimizer)
+    due = group is not None and optimizer._basis_is_due(group, p)
+    if group is None or (due and not is_sharded(p)):
         return False
     if p.grad is None:
         p.grad = ProjectedGradient(p, optimizer)
@@ -755,9 +721,9 @@ def project_factors(module: Linear, p: Tensor, dY: Tensor, X: Tensor) -> bool:
         return False  # somebody set it: autograd adds to that
     if due:
         p.grad.add_gradient(dY.T @ X)
-        return True
-    P = optimizer.state[p]["basis"].to(X.dtype)
-    p.grad.add_gradient(R=dY.T @ (X @ P) if is_tall(p) else (dY @ P).T @ X)
+    else:
+        P = optimizer.state[p]["basis"].to(X.dtype)
+        p.grad.add_gradient(R=dY.T @ (X @ P) if is_tall(p) else (dY @ P).T @ X)
     return True
 
 
@@ -776,14 +742,12 @@ def own(x: Tensor) -> Tensor:
     return x.to_local() if is_sharded(x) else x
 
 
-def first_row(x: Tensor) -> int:
-    """Which row of the whole the first of `own` is."""
-    return min(x.device_mesh.get_local_rank() * shard_height(x), len(x)) if is_sharded(x) else 0
-
-
-def shard_height(x: Tensor) -> int:
-    """How many rows a process holds, but the last ones, which may have fewer."""
-    return -(-len(x) // x.device_mesh.size())
+def rows_of(p: Tensor) -> slice:
+    """Which rows of a tensor `own` is. The last processes may hold fewer than the others, or none."""
+    if not is_sharded(p):
+        return slice(0, None)
+    first = min(p.device_mesh.get_local_rank() * math.ceil(len(p) / p.device_mesh.size()), len(p))
+    return slice(first, first + len(own(p)))
 
 
 def own_rows(x: Tensor, p: Tensor) -> Tensor:
@@ -793,7 +757,7 @@ def own_rows(x: Tensor, p: Tensor) -> Tensor:
         return x
     if x.shape != p.shape:
         raise ValueError(f"{list(x.shape)} is neither all of {list(p.shape)} nor this process's part of it")
-    return x[first_row(p) :][: len(own(p))]
+    return x[rows_of(p)]
 
 
 def whole(x: Tensor, like: Tensor | None = None) -> Tensor:
@@ -803,11 +767,11 @@ def whole(x: Tensor, like: Tensor | None = None) -> Tensor:
     if not is_sharded(like) or like.device_mesh.size() == 1:
         return own(x).to(compute_device(like))
     mesh, rows = like.device_mesh, own(x)
-    padded = rows.new_zeros(shard_height(like), *rows.shape[1:], device=mesh.device_type)
+    padded = rows.new_zeros(math.ceil(len(like) / mesh.size()), *rows.shape[1:], device=mesh.device_type)
     padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(mesh.size())]
-    torch.distributed.all_gather(parts, padded, group=mesh.get_group())
-    return torch.cat(parts)[: len(like)]
+    gathered = padded.new_empty(mesh.size() * len(padded), *rows.shape[1:])
+    torch.distributed.all_gather_into_tensor(gathered, padded, group=mesh.get_group())
+    return gathered[: len(like)]
 
 
 def mean_over_processes(x: Tensor, p: Tensor) -> None:

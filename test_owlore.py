@@ -1412,7 +1412,7 @@ def test_without_rank_it_is_adamw():
             p.grad = torch.randn(p.shape)
             q.grad = p.grad.clone()
         if n == 100:  # its state can be taken over, too
-            a = ProjectedAdam(ours, lr=1)
+            a = ProjectedAdam(ours, lr=1, in_backward=True)
             a.load_state_dict(b.state_dict())
         a.step()
         b.step()
@@ -1493,11 +1493,16 @@ def test_one_bad_gradient_does_not_cost_the_basis(bad, in_backward):
     assert torch.equal(W, clean) and W.isfinite().all() and not torch.equal(W, torch.ones(30, 20))
 
 
+def noise_for(x: torch.Tensor) -> torch.Tensor:
+    return torch.randint(1 << 16, x.shape, dtype=torch.int32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stochastic_rounding_keeps_what_is_not_finite(dtype):
     """nan with any bits: 0x7fffffff is what CUDA makes."""
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000, 0x7F800000, -0x800000], dtype=torch.int32)
-    rounded = stochastic_round(bits.view(torch.float32).repeat(1000, 1))
+    x = bits.view(torch.float32).repeat(1000, 1)
+    rounded = stochastic_round(x, noise_for(x))
     assert rounded[:, :4].isnan().all() and (rounded[:, 4] == math.inf).all() and (rounded[:, 5] == -math.inf).all()
     W = nn.Parameter(torch.ones(4, dtype=dtype))
     W.grad = torch.full_like(W, math.nan)
@@ -1507,7 +1512,7 @@ def test_stochastic_rounding_keeps_what_is_not_finite(dtype):
 
 def test_stochastic_rounding_keeps_the_mean():
     x = torch.tensor([1.0 + 2**-10, -3.1, 1e-30, 0.0, 2.0]).repeat(20000, 1)
-    rounded = stochastic_round(x.clone())
+    rounded = stochastic_round(x.clone(), noise_for(x))
     assert rounded.dtype == torch.bfloat16
     spacing = rounded.float().amax(0) - rounded.float().amin(0)
     assert spacing[3] == 0 and spacing[4] == 0  # what bf16 holds stays
@@ -1547,6 +1552,8 @@ GRADIENTS = {
     "tiny": lambda m, n: 1e-30 * torch.randn(m, 5) @ torch.randn(5, n),
     "huge": lambda m, n: 1e30 * torch.randn(m, 5) @ torch.randn(5, n),
     "one entry": lambda m, n: torch.zeros(m, n).index_put((torch.tensor(3), torch.tensor(7)), torch.tensor(1.0)),
+    "one huge entry": lambda m, n: 1e30 * GRADIENTS["one entry"](m, n),
+    "one tiny entry": lambda m, n: 1e-30 * GRADIENTS["one entry"](m, n),
     "equal columns": lambda m, n: torch.randn(m, 1).expand(m, n),
     "power law": lambda m, n: torch.randn(m, n) / torch.arange(1, n + 1) @ torch.randn(n, n),
 }
@@ -2371,7 +2378,7 @@ def test_bf16_weights_end_where_fp32_ones_do(tmp_path, monkeypatch):
         return train_run(f"{line} {flags} --dtype {dtype}")[-1]["val_loss"]
 
     fp32, bf16 = final_loss("fp32", "fp32"), final_loss("bf16", "bf16")
-    monkeypatch.setattr(owlore, "stochastic_round", lambda x, random: x.to(torch.bfloat16))
+    monkeypatch.setattr(owlore, "stochastic_round", lambda x, noise: x.to(torch.bfloat16))
     nearest = final_loss("nearest", "bf16")
     assert abs(bf16 / fp32 - 1) < 0.01 and abs(nearest / fp32 - 1) > 0.1
 
