@@ -104,22 +104,20 @@ class Fira(ProjectedAdam):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs | {"in_backward": False})
 
-    def _step(self) -> None:
-        super()._step()
-        for _, group, p in self._with_gradient():
-            state = self.state[p]
-            if group["rank"] is None or "exp_avg" not in state:
-                continue
-            (beta1, beta2), t, P, tall = group["betas"], state["step"], state["basis"], is_tall(p)
-            R = project(p.grad, P)
-            N = state["exp_avg"] / (1 - beta1**t)
-            N /= (state["exp_avg_sq"] / (1 - beta2**t)).sqrt() + group["eps"]
-            gain = N.norm(dim=int(tall), keepdim=True) / R.norm(dim=int(tall), keepdim=True).clamp(min=1e-30)
-            outside = gain * (p.grad - (R @ P.T if tall else P @ R))
-            norm = outside.norm()
-            most = self.GROWTH * state.get("outside", norm)
-            state["outside"] = torch.minimum(norm, most)
-            p.add_(outside * (state["outside"] / norm.clamp(min=1e-30)), alpha=-group["lr"] * group["scale"])
+    def _update(self, group: dict, p: Tensor, g: Tensor, seed: tuple) -> None:
+        super()._update(group, p, g, seed)
+        state = self.state[p]
+        if group["rank"] is None or "exp_avg" not in state:
+            return
+        (beta1, beta2), t, P, tall = group["betas"], state["step"], state["basis"], is_tall(p)
+        R = project(g, P)
+        N = state["exp_avg"] / (1 - beta1**t)
+        N /= (state["exp_avg_sq"] / (1 - beta2**t)).sqrt() + group["eps"]
+        gain = N.norm(dim=int(tall), keepdim=True) / R.norm(dim=int(tall), keepdim=True).clamp(min=1e-30)
+        outside = gain * (g - (R @ P.T if tall else P @ R))
+        norm = outside.norm()
+        state["outside"] = torch.minimum(norm, self.GROWTH * state.get("outside", norm))
+        p.add_(outside * (state["outside"] / norm.clamp(min=1e-30)), alpha=-group["lr"] * group["scale"])
 
 
 FLOOR = 0.5  # of the uniform probability: no layer's falls below
