@@ -1,18 +1,18 @@
 """OwLore: Outlier-weighed Layerwise Sampled Low-Rank Projection (arXiv 2405.18380). Needs nothing but torch.
 
-Full fine-tuning keeps a gradient and two Adam moments for every weight. OwLore keeps them for a few layers at a time,
+Full fine-tuning keeps a gradient and two Adam moments for every weight. OwLore keeps them for some layers at a time,
 and in a low-rank space:
 
     1. score     D_l, the share of outliers among the weights of layer l       outlier_distribution
-    2. sample    every so often draw a few layers, p_l = D_l / sum(D)          sampling_probabilities, LayerSampler
+    2. sample    every so often draw some layers, p_l = D_l / sum(D)          sampling_probabilities, LayerSampler
     3. project   R = G P, Adam on R, W = W - lr scale N P^T                    ProjectedAdam, projection_basis
 
     D = outlier_distribution(model, layers, calibration_batches)
-    sampler = LayerSampler(layers, sampling_probabilities(D), active=5)
-    optimizer = ProjectedAdam([{"params": matrices, "rank": 256, "update_gap": 100}, {"params": others}], lr=3e-4)
+    sampler = LayerSampler(layers, sampling_probabilities(D), active=20)    # the paper: 5 of 32, at rank 256
+    optimizer = ProjectedAdam([{"params": matrices, "rank": 64, "update_gap": 100}, {"params": others}], lr=3e-4)
     for step, batch in enumerate(batches):
         if step % 50 == 0:
-            sampler.resample()      # freezes all layers but the 5 drawn
+            sampler.resample()      # freezes all layers but the 20 drawn
         optimizer.zero_grad()
         loss(model, batch).backward()
         optimizer.step()

@@ -2167,23 +2167,30 @@ def settings_of(*flags) -> train.argparse.Namespace:
 @pytest.mark.parametrize(
     "n_layers, dim, flags, active, rank",
     [
-        (32, 4096, "", 5, 256),
-        (40, 5120, "", 7, 320),
-        (8, 128, "", 4, 32),
-        (3, 64, "", 3, 32),
+        (32, 4096, "", 20, 64),
+        (32, 4096, "--active 5", 5, 256),
+        (32, 4096, "--active 2", 2, 256),
+        (32, 4096, "--rank 0", 5, 0),
+        (32, 4096, "--rank 16 --active 9", 9, 16),
+        (30, 576, "", 19, 9),
+        (30, 576, "--active 5", 5, 36),
+        (40, 5120, "--active 7", 7, 320),
+        (8, 128, "", 5, 8),
+        (1, 64, "", 1, 8),
         (32, 4096, "--method lisa", 2, 256),
-        (8, 128, "--method lisa", 1, 32),
+        (8, 128, "--method lisa", 1, 8),
+        (32, 4096, "--method galore", None, 256),
         (8, 128, "--method lora", None, 8),
         (32, 4096, "--method lora --rank 64", None, 64),
     ],
 )
-def test_defaults_are_published_at_7b_and_have_a_least_size(n_layers, dim, flags, active, rank):
+def test_defaults_at_7b_follow_the_model_and_are_the_papers_with_its_active_layers(n_layers, dim, flags, active, rank):
     args = train.flag_parser().parse_args([*flags.split(), "--data", "x"])
     args = train.decide_settings(args, ModelConfig(dim=dim, n_layers=n_layers, n_heads=8, vocab_size=32))
     assert (args.active, args.rank) == (active, rank)
     if dim == 4096:
         assert (args.lr, args.threshold, args.seq_len, args.batch_size, args.update_gap) == (3e-4, 13, 512, 16, 100)
-        assert args.interval == {"owlore": 50, "lisa": 3, "lora": None}[args.method]
+        assert args.interval == {"owlore": 50, "lisa": 3}.get(args.method)
 
 
 def test_a_run_trains_saves_and_loads_again(base, checkpoint, tmp_path):

@@ -56,12 +56,11 @@ HEALTH_ROWS = 32  # of validation data: enough to tell a model that still works 
 SAVE_SECONDS, SAVE_SHARE = 15 * 60, 0.05  # the least time between two checkpoints; the most of a run that they may take
 # What a resumed run may have otherwise, as it is not part of what is trained; of the data its checksum tells
 MAY_CHANGE = "resume out steps epochs save_every keep eval_every micro_batch_size offload device data val_data".split()
-# The least that owlore trains: with the paper's shares of a 7B, small models do worse than by any other method (README)
-MIN_ACTIVE, MIN_RANK = 4, 32
+MIN_RANK = 8  # the least default of --rank
 
 
 class Method(NamedTuple):
-    """A place in the 2 x 2, and the published number of active layers (of 32) and of steps between two draws."""
+    """A place in the 2 x 2, and how many layers (of 32) are active, and for how many steps between two draws."""
 
     sampling: str | None  # how layers are drawn; None: all are trained
     projection: bool
@@ -70,7 +69,7 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "owlore": Method("outlier", True, active=5, interval=50),
+    "owlore": Method("outlier", True, active=20, interval=50),
     "lisa": Method("uniform", False, active=2, interval=3),
     "galore": Method(None, True),
     "lora": Method(None, False),
@@ -380,9 +379,9 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--out", help="run folder (default: the first free of runs/NAME, runs/NAME-2, ...)")
     add("--method", choices=METHODS, default="owlore", help="default: %(default)s")
     add("--sampling", choices=("outlier", "uniform", "reverse", "increasing", "decreasing"), help="how layers are drawn (default: owlore outlier, lisa uniform)")
-    add("--active", type=at_least(1), help="layers trained at a time (default: 5 of every 32, at least 4; lisa 2 of every 32)")
+    add("--active", type=at_least(1), help="layers trained at a time (default: 20 of every 32, lisa 2, owlore --rank 0 the paper's 5)")
     add("--interval", type=at_least(1), help="optimizer steps between two draws (default: 50, lisa 3)")
-    add("--rank", type=at_least(0), help="of the projection (default: dim / 16, which is 256 for a 7B, at least 32), 0 for owlore without projection; of lora's additions (default: dim / 128, at least 8)")
+    add("--rank", type=at_least(0), help=f"of the projection (default: dim / 16; with more layers active than the paper's 5 of 32 less, for the same memory: 64 for a 7B), 0 for owlore without projection; of lora's additions (default: dim / 128); at least {MIN_RANK}")
     add("--lora-alpha", type=positive, help="lora's additions count alpha / rank (default: twice the rank)")
     add("--update-gap", type=at_least(1), default=100, help="steps of a matrix between two projections (default: %(default)s)")
     add("--scale", type=positive, default=1.0, help="of the projected update (default: %(default)s)")
@@ -442,10 +441,9 @@ def read_config(args: argparse.Namespace) -> ModelConfig:
 
 
 def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
-    """Give each flag that was left out its value; those that follow the model's size are the published ones at 7B.
+    """Give each flag that was left out its value. At 7B they are the published ones, but for the layers and their rank.
     Raises InputError for flags that do not go together or that the model cannot follow."""
     method, lora = METHODS[args.method], args.method == "lora"
-    both = method.sampling and method.projection
 
     def require(condition: object, message: str) -> None:
         if not condition:
@@ -462,11 +460,14 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     at_once = args.micro_batch_size or 1
     require(at_once <= args.batch_size, f"--micro-batch-size {at_once}: there are {args.batch_size} rows in a step")
 
-    share = math.ceil(method.active / 32 * config.n_layers)
-    rank = max(8, config.dim // 128) if lora else max(MIN_RANK, config.dim // 16)
+    few, rank = math.ceil(config.n_layers * 5 / 32), config.dim // 16  # the paper's active layers, and their rank
+    active = few if args.rank == 0 else math.ceil(config.n_layers * method.active / 32)
+    if args.method == "owlore":  # more layers at a lower rank, in the memory of the paper's
+        rank = rank * few // max(few, args.active or active)
+    rank = max(MIN_RANK, config.dim // 128 if lora else rank)
     defaults = {
         "sampling": method.sampling,
-        "active": method.sampling and min(max(MIN_ACTIVE if both else 1, share), config.n_layers),
+        "active": method.sampling and active,
         "interval": method.interval,
         "rank": rank,
         "lora_alpha": 2.0 * (args.rank or rank) if lora else None,
@@ -479,7 +480,7 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     given = {name: value for name, value in vars(args).items() if value is not None}
     args = argparse.Namespace(**vars(args) | defaults | given)
 
-    plain = both and args.embeddings != "projected"
+    plain = args.method == "owlore" and args.embeddings != "projected"
     require(args.rank or plain, "--rank 0 is owlore without projection; give another, or leave it out")
     limits = {"seq_len": (config.max_seq_len, "context is"), "active": (config.n_layers, "layers are")}
     for name, (most, what) in (limits | {"rank": (config.dim, "width is")} if lora else limits).items():

@@ -243,7 +243,7 @@ SHARED = {
 
 def header(columns: dict[str, str]) -> str:
     """The first two lines of a table in Markdown."""
-    names = ["model", "method", "embeddings", "batch x length", *columns.values(), "█ = 2 GiB"]
+    names = ["model", "method", "active x rank", "embeddings", "batch x length", *columns.values(), "█ = 2 GiB"]
     return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
 
 
@@ -251,17 +251,21 @@ def describe(name: str, args: argparse.Namespace, result: dict, columns: dict[st
     """A row of a table."""
     rows = f"{args.batch_size}" + f", {args.micro_batch_size} at once," * (args.micro_batch_size < args.batch_size)
     shape = f"{rows} x {args.seq_len}" + ", kept" * (not args.recompute)
-    cells = [name, args.method, args.embeddings, shape, *(f"{result[key] / GIB:.2f}" for key in columns)]
+    low_rank = args.rank and (args.method == "lora" or train.METHODS[args.method].projection)
+    trained = f"{args.active or 'all'}" + f" x {args.rank}" * bool(low_rank)
+    cells = [name, args.method, trained, args.embeddings, shape, *(f"{result[key] / GIB:.2f}" for key in columns)]
     return f"| {' | '.join(cells)} | {'█' * round((result['measured'] or result['predicted']) / GIB / 2)} |"
 
 
 PCIE, RATES = 25e9, (35e12, 80e12)  # bytes and bf16 FLOP per second, about half of what is printed on 24 GB cards
 
 # Flags of the rows of each table; "kept" stands for activations that are not recomputed
-EMBEDDINGS, BASELINES = ("full", "projected", "frozen"), ("lisa", "galore", "lora", "full")
+EMBEDDINGS = ("full", "projected", "frozen")
+BASELINES = ("lisa --embeddings full", "galore --embeddings full", "lora", "full --embeddings full")
 ONE = [
     *(f"llama2-7b 1x1024 --embeddings {how}" for how in EMBEDDINGS),
     *(f"llama2-7b 16x512 --embeddings {how}" for how in EMBEDDINGS),
+    *(f"llama2-7b {shape} --active 5 --embeddings {how}" for shape in ("1x1024", "16x512") for how in EMBEDDINGS),
     "llama2-7b 16x512 --embeddings frozen --micro-batch-size 4",
     *(f"llama2-7b 1x1024 --method {method}" for method in BASELINES),
     *(f"llama2-7b 16x512 --method {method}" for method in BASELINES),
@@ -274,14 +278,17 @@ ONE = [
     "llama2-7b 16x512 kept --embeddings frozen --micro-batch-size 1",
 ]
 OFFLOADED = [
-    f"{model} {shape} --offload --micro-batch-size 1"
+    f"{model} {shape} --offload --micro-batch-size 1 --embeddings full"
     for model in ("llama2-7b", "llama3-8b", "llama2-13b", "llama2-70b")
     for shape in ("1x1024", "16x512")
 ]
 JOINED = {
-    4: [f"llama2-7b 16x512 --micro-batch-size 4 --method {method}" for method in ("owlore", "lisa", "galore", "full")],
+    4: [
+        f"llama2-7b 16x512 --micro-batch-size 4 --embeddings full --method {method}"
+        for method in ("owlore", "lisa", "galore", "full")
+    ],
     8: [
-        "llama2-70b 16x512 --micro-batch-size 1 --method owlore",
+        "llama2-70b 16x512 --micro-batch-size 1 --embeddings full",
         "llama2-70b 16x512 --micro-batch-size 1 --method lora",
     ],
 }
@@ -335,7 +342,7 @@ def main() -> None:
     text = f"""# Peak memory of training steps, in GiB
 
 `python bench/memory.py --table`, {datetime.date.today()}, torch {torch.__version__}, Python {platform.python_version()},
-{gpu}. The published recipe: 5 active layers of 32 (LISA 2), rank dim / 16, bf16 weights, fp32 optimizer state, blocks
+{gpu}. Active layers and rank are train.py's defaults, and the paper's 5 x 256; bf16 weights, fp32 optimizer state, blocks
 recomputed unless "kept" says that they are not; the peak over {DRAWS} draws of layers, two steps each. Rows are full. GiB =
 2^30 bytes.
 
