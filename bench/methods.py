@@ -3,6 +3,8 @@
     methods     full fine-tuning, GaLore, LoRA, LISA and OwLore, also at equal active layers and at equal memory
     sampling    OwLore with each way to draw layers, and with a floor under the probabilities
     budget      few layers at a high rank or many at a low one, within the memory of LoRA, of LISA and as published
+    draws       train.py's default layers drawn in turns, uniformly, and with the moments of resting layers kept
+    projection  all layers at a low rank: warm-up, another beta2, other gaps and scales, and the rest of the gradient
     moments     what becomes of Adam's moments when the basis changes: kept, reset, or the first one rotated into it
     layers      active layers x rank, at equal tokens, equal time and equal memory, also as a picture
     recipe      the published recipe, with one setting changed at a time
@@ -33,7 +35,9 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -47,7 +51,7 @@ from memory import measure, parse_shape  # noqa: E402
 
 import train  # noqa: E402
 from data import InputError, atomic_write, command  # noqa: E402
-from owlore import ProjectedAdam, is_tall, project, sampling_probabilities  # noqa: E402
+from owlore import LayerSampler, ProjectedAdam, is_tall, project, sampling_probabilities  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 CACHE = RESULTS / "methods-runs.jsonl"
@@ -120,6 +124,39 @@ class Fira(ProjectedAdam):
         p.add_(outside * (state["outside"] / norm.clamp(min=1e-30)), alpha=-group["lr"] * group["scale"])
 
 
+class Parked(ProjectedAdam):
+    """A resting layer's basis and moments wait for its next turn, as they could in host memory."""
+
+    def _drop_frozen(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if not p.requires_grad):
+            p.grad = None
+
+
+class Turns(LayerSampler):
+    """Draws the layers that are furthest behind their share, p_l * active of every draw: frequencies are as of
+    independent draws, and no layer waits long."""
+
+    def resample(self) -> list[int]:
+        share = (self.active * self.probabilities / self.probabilities.sum()).clamp(max=1)
+        first = torch.rand(len(share), generator=self.generator, dtype=torch.float64)
+        owed = getattr(self, "owed", first) + share
+        self.owed = owed.index_add(0, owed.topk(self.active).indices, -torch.ones_like(owed[: self.active]))
+        self.activate(sorted(owed.topk(self.active).indices.tolist()))
+        return self.drawn
+
+
+class Warmup(ProjectedAdam):
+    """The learning rate rises linearly in the first six steps."""
+
+    taken = 0
+
+    def step(self) -> None:
+        self.taken += 1
+        for group in self.param_groups:
+            group["lr"] *= min(1, self.taken / 6)  # train.py sets it anew for each step
+        super().step()
+
+
 FLOOR = 0.5  # of the uniform probability: no layer's falls below
 
 
@@ -134,6 +171,10 @@ CHANGES = {
     "reset": patch.object(train, "ProjectedAdam", ResetMoments),
     "fira": patch.object(train, "ProjectedAdam", Fira),
     "tenth": patch.object(train, "ProjectedAdam", SlowEmbeddings),
+    "parked": patch.object(train, "ProjectedAdam", Parked),
+    "turns": patch.object(train, "LayerSampler", Turns),
+    "warmup": patch.object(train, "ProjectedAdam", Warmup),
+    "beta2": patch.object(train, "ProjectedAdam", partial(ProjectedAdam, betas=(0.9, 0.95))),
     "floor": patch.object(train, "sampling_probabilities", floored),
 }
 
@@ -429,6 +470,41 @@ layers active draws none, and is GaLore. As published are 5 of 32 layers at rank
 {compare(args, rows, "lora")}"""
 
 
+def many_layers(args: argparse.Namespace, active: int) -> dict:
+    """OwLore with that many layers at a low rank, embedding and head frozen, layers drawn ten times in a run."""
+    low = {"rank": args.config.dim // 64, "active": active}
+    return {"method": "owlore", "embeddings": "frozen", **low, **redrawn(args, 10)}
+
+
+def draws(args: argparse.Namespace) -> str:
+    """Independent draws, or each layer in its turn; moments dropped, or kept."""
+    base = many_layers(args, math.ceil(args.config.n_layers * 20 / 32))
+    rows = [search(args, "independent", base)]
+    ways = {"in turns": ({}, "turns"), "uniform": ({"sampling": "uniform"}, ""), "moments kept": ({}, "parked")}
+    for name, (flags, change) in ways.items() if rows[0] else ():
+        rows.append(search(args, name, base | flags, change, like=rows[0]))
+    return f"""Embedding and head are frozen, and layers drawn ten times in a run. Independent: as train.py does. In turns: those
+that are furthest behind their share p_l * active. All rows learn at the rate that is best for the first.
+
+{compare(args, rows, "independent")}"""
+
+
+def projection(args: argparse.Namespace) -> str:
+    """All layers at a low rank, with one thing changed at a time."""
+    base, slow = many_layers(args, args.config.n_layers), min(args.lrs)
+    rows = [search(args, "all layers", base)]
+    ways = {"warm-up": ({}, "warmup"), "beta2 0.95": ({}, "beta2"), "new bases every 10 steps": ({"update_gap": 10}, ""),
+            "scale 3, norms slower": ({"scale": 3.0, "lr": slow}, ""), "scale 6": ({"scale": 6.0, "lr": slow}, ""),
+            "the gradient's rest too (Fira)": ({}, "fira")}  # fmt: skip
+    for name, (flags, change) in ways.items() if rows[0] else ():
+        like = rows[0]._replace(flags=rows[0].flags | {"lr": flags.pop("lr", rows[0].flags["lr"])})
+        rows.append(search(args, name, base | flags, change, like=like))
+    return f"""All layers are active at rank dim / 64, embedding and head frozen; this is GaLore. Warm-up: the rate rises in the
+first six steps. Rows learn at the rate that is best for the first, or at {slow:g} where the scale makes up for it.
+
+{compare(args, rows, "all layers")}"""
+
+
 def moments(args: argparse.Namespace) -> str:
     """What becomes of Adam's moments when the basis changes."""
     gap, interval = max(1, args.steps // 18), max(1, args.steps // 3)
@@ -496,8 +572,8 @@ The lowest mean losses (the least of {len(rows)} is in part luck; compare it wit
 {listed}{chart(args, rows, timed)}"""
 
 
-def chart(args: argparse.Namespace, rows: list[Row], timed: list[Row]) -> str:
-    """Draw the layers study, a line for each rank. Returns the picture's place in the text: none without matplotlib."""
+def pyplot() -> ModuleType | None:
+    """matplotlib's, if it is there, for pictures in files."""
     try:
         import matplotlib
 
@@ -505,6 +581,13 @@ def chart(args: argparse.Namespace, rows: list[Row], timed: list[Row]) -> str:
         import matplotlib.pyplot as plt
     except ImportError:
         print("no picture: pip install matplotlib")
+        return None
+    return plt
+
+
+def chart(args: argparse.Namespace, rows: list[Row], timed: list[Row]) -> str:
+    """Draw the layers study, a line for each rank. Returns the picture's place in the text: none without matplotlib."""
+    if not (plt := pyplot()):
         return ""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
     for rank in dict.fromkeys(row.flags["rank"] for row in rows):
@@ -552,10 +635,14 @@ def packing(args: argparse.Namespace) -> str:
 {compare(args, rows, "owlore")}"""
 
 
-STUDIES = {study.__name__: study for study in (methods, sampling, budget, moments, layers, recipe, embeddings, packing)}
+STUDIES = {
+    study.__name__: study
+    for study in (methods, sampling, budget, draws, projection, moments, layers, recipe, embeddings, packing)
+}
 
 # The results file
 
+ALL_TASKS = "budget, all tasks"
 TITLE = """# Methods and settings compared on {}
 
 Runs of train.py on the CPU. Loss and accuracy are those on validation data after the run: mean ± standard deviation
@@ -581,12 +668,64 @@ torch {torch.__version__}, Python {platform.python_version()}.
 {"steps" if args.steps else "epoch(s)"} of {args.batch_size} rows a step of at most {args.seq_len} tokens; seeds 0 to {args.seeds - 1}; learning rates {lrs}, and what extends them."""
 
 
+def overview(name: str, sections: dict[str, str]) -> dict[str, str]:
+    """A section with the losses of the budget study on all its tasks side by side, from the tables of its sections."""
+    tasks = {}
+    for heading in (heading for heading in sections if heading.startswith("budget, ") and heading != ALL_TASKS):
+        lines = [line for line in sections[heading].splitlines() if line.startswith("|")]
+        columns, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+        tasks[heading.split(", ")[1]] = {row[0]: dict(zip(columns, row)) for row in rows}
+    if len(tasks) < 2:
+        return {}
+    named = {row: cells for rows in reversed(tasks.values()) for row, cells in rows.items()}
+    lines = []
+    for row in dict.fromkeys(row for rows in tasks.values() for row in rows):
+        cells = {task: rows.get(row, {}) for task, rows in tasks.items()}
+        losses = {task: cell.get("minus that of lora") or cell.get("loss", "") for task, cell in cells.items()}
+        kept = ("", "active", "rank", "optimizer state, MiB")
+        lines.append({key: named[row].get(key, "") for key in kept} | losses)
+    text = f"""Losses: those of the model before and of lora, and of the others their difference from lora's, seed by seed.
+
+{table(lines)}{losses_over_memory(name, tasks)}"""
+    return {ALL_TASKS: text}
+
+
+def losses_over_memory(name: str, tasks: dict[str, dict[str, dict[str, str]]]) -> str:
+    """Draw the losses of the tasks' rows over the optimizer's state. Returns the picture's place in the text."""
+    if not (plt := pyplot()):
+        return ""
+    figure, axes = plt.subplots(1, len(tasks), figsize=(13, 4), sharex=True, layout="constrained")
+    for axis, (task, rows) in zip(axes, tasks.items()):
+        groups = {}  # label: (state, loss, its spread, active) of each row
+        for row, cell in rows.items():
+            if state := cell["optimizer state, MiB"]:
+                loss, _, spread = cell["loss"].partition(" ± ")
+                label = f"owlore, rank {cell['rank']}" if row.startswith("owlore") else row
+                point = float(state), float(loss.split()[0]), float(spread or 0), cell["active"].split()[0]
+                groups.setdefault(label, []).append(point)
+        for label in ("full", "lisa", "lora", *sorted(groups.keys() - {"full", "lisa", "lora"})):
+            states, losses, spreads, active = zip(*sorted(groups.get(label, [(math.nan, math.nan, 0, "")])))
+            axis.errorbar(states, losses, spreads, marker="o", capsize=3, label=label)
+            for place in zip(active, states, losses):
+                axis.annotate(place[0], place[1:], (4, 4), textcoords="offset points", fontsize=8, annotation_clip=True)
+        axis.set(title=task, xlabel="optimizer state, MiB (at the points: active layers)", xscale="log")
+        axis.margins(x=0.1)
+    axes[0].set(ylabel="validation loss")
+    axes[0].legend()
+    file = RESULTS / f"methods-{name}.png"
+    figure.savefig(file, dpi=100)
+    return f"\n\n![losses over the optimizer's state]({file.name})"
+
+
 def write_section(args: argparse.Namespace, study: str, text: str) -> None:
     """Put a study's section into the checkpoint's results, in the place of the one it had."""
     out, data = RESULTS / f"methods-{args.name}.md", Path(args.data)
     heading = study if data.parent == Path(args.ckpt) else f"{study}, {data.stem}"
     found = re.split(r"(?m)^## (.*)$", out.read_text() if out.exists() else "")[1:]
     sections = dict(zip(found[::2], found[1::2])) | {heading: f"{provenance(args)}\n\n{text}"}
+    sections = overview(args.name, sections) | {
+        heading: text for heading, text in sections.items() if heading != ALL_TASKS
+    }
     order = sorted(sections, key=lambda heading: list(STUDIES).index(heading.split(",")[0]))
     parts = [f"## {heading}\n\n{sections[heading].strip()}\n" for heading in order]
     with atomic_write(out) as file:
