@@ -303,7 +303,7 @@ def fit(args: argparse.Namespace) -> argparse.Namespace:
                   f"{'recomputed' if recompute else 'kept'}, weights {'in host memory' if offload else 'on the device'}")  # fmt: skip
             return fitted
     raise InputError(f"out of memory: a step takes {in_words(needed)} of {in_words(room)}, even with weights in host memory; "
-                     "--embeddings projected or frozen, a smaller --active, --rank or --seq-len need less")  # fmt: skip
+                     "--embeddings projected or frozen, a smaller --rank or --seq-len need less")  # fmt: skip
 
 
 def score_layers(model: Transformer, data: Dataset, args: argparse.Namespace) -> Tensor:
