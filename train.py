@@ -60,7 +60,7 @@ MIN_RANK = 8  # the least default of --rank
 
 
 class Method(NamedTuple):
-    """A place in the 2 x 2, and how many layers (of 32) are active, and for how many steps between two draws."""
+    """A place in the 2 x 2, the active layers (of 32), and the steps between two draws."""
 
     sampling: str | None  # how layers are drawn; None: all are trained
     projection: bool
@@ -379,9 +379,9 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--out", help="run folder (default: the first free of runs/NAME, runs/NAME-2, ...)")
     add("--method", choices=METHODS, default="owlore", help="default: %(default)s")
     add("--sampling", choices=("outlier", "uniform", "reverse", "increasing", "decreasing"), help="how layers are drawn (default: owlore outlier, lisa uniform)")
-    add("--active", type=at_least(1), help="layers trained at a time (default: 20 of every 32, lisa 2, owlore --rank 0 the paper's 5)")
+    add("--active", type=at_least(1), help="layers trained at a time (default: 20 of every 32, lisa 2, owlore --rank 0 5; the paper's 5 sets its --rank too)")
     add("--interval", type=at_least(1), help="optimizer steps between two draws (default: 50, lisa 3)")
-    add("--rank", type=at_least(0), help=f"of the projection (default: dim / 16; with more layers active than the paper's 5 of 32 less, for the same memory: 64 for a 7B), 0 for owlore without projection; of lora's additions (default: dim / 128); at least {MIN_RANK}")
+    add("--rank", type=at_least(0), help=f"of the projection (default: dim / 16; owlore less with more than the paper's 5 of 32 layers active, for the same memory: 64 for a 7B), 0 for owlore without projection; of lora's additions (default: dim / 128); at least {MIN_RANK}")
     add("--lora-alpha", type=positive, help="lora's additions count alpha / rank (default: twice the rank)")
     add("--update-gap", type=at_least(1), default=100, help="steps of a matrix between two projections (default: %(default)s)")
     add("--scale", type=positive, default=1.0, help="of the projected update (default: %(default)s)")

@@ -125,7 +125,7 @@ class Fira(ProjectedAdam):
 
 
 class Parked(ProjectedAdam):
-    """A resting layer's basis and moments wait for its next turn, as they could in host memory."""
+    """A resting layer's moments, with the basis they belong to, wait for its next turn, as in host memory."""
 
     def _drop_frozen(self) -> None:
         for p in (p for group in self.param_groups for p in group["params"] if not p.requires_grad):
@@ -133,8 +133,8 @@ class Parked(ProjectedAdam):
 
 
 class Turns(LayerSampler):
-    """Draws the layers that are furthest behind their share, p_l * active of every draw: frequencies are as of
-    independent draws, and no layer waits long."""
+    """Draws the layers that are furthest behind their share, p_l * active of every draw, so no layer waits long. Those
+    of a high p are drawn more often than by independent draws, which make shares more equal."""
 
     def resample(self) -> list[int]:
         share = (self.active * self.probabilities / self.probabilities.sum()).clamp(max=1)
@@ -182,8 +182,10 @@ CHANGES = {
 
 
 def complete(args: argparse.Namespace, flags: dict) -> dict:
-    """OwLore's flags with the published numbers in place of those left out, but at least 4 layers and rank 32: what a
-    study says of them does not change with train.py's defaults."""
+    """OwLore's and GaLore's flags with the published numbers in place of those left out, but at least 4 layers and rank
+    32: what a study says of them does not change with train.py's defaults."""
+    if flags["method"] == "galore":
+        return {"rank": max(32, args.config.dim // 16), "update_gap": 100, "embeddings": "full"} | flags
     if flags["method"] != "owlore":
         return flags
     active, rank = math.ceil(args.config.n_layers * 5 / 32), args.config.dim // 16
@@ -219,7 +221,9 @@ def cached(args: argparse.Namespace, key: dict, compute: Callable[[], dict], fin
     if finished:
         raise Unfinished
     value = compute()
-    commit = subprocess.run(["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     entry = {"key": key, "value": value, "date": str(datetime.date.today()), "commit": commit}
     with open(CACHE, "a") as file:
         file.write(json.dumps(entry) + "\n")
@@ -338,11 +342,11 @@ def search(args: argparse.Namespace, name: str, flags: dict, change: str = "", l
 # Tables
 
 
-def spread(values: Tensor, form: str = ".4f") -> str:
-    """Mean and standard deviation over the seeds."""
-    if len(values) == 1:
-        return f"{values.item():{form}} (one seed)"
-    return f"{values.mean():{form}} ± {values.std():{form.lstrip('+')}}"
+def spread(values: Tensor, seeds: int, form: str = ".4f") -> str:
+    """Mean and standard deviation over the seeds, and how many there are if some are missing."""
+    deviation = f" ± {values.std():{form.lstrip('+')}}" if len(values) > 1 else ""
+    lacking = f" ({len(values)} of {seeds} seeds)" if len(values) < seeds else ""
+    return f"{values.mean():{form}}{deviation}{lacking}"
 
 
 def cells(args: argparse.Namespace, row: Row, reference: Row) -> dict[str, str]:
@@ -357,9 +361,11 @@ def cells(args: argparse.Namespace, row: Row, reference: Row) -> dict[str, str]:
         "interval": str(filled.interval) if method.sampling else "",
         "rank": str(filled.rank) if low_rank else "",
         "lr (tried)": f"{filled.lr:g} ({row.tried[0]:g} to {row.tried[-1]:g})",
-        "loss": spread(row.values("loss")),
-        f"minus that of {reference.name}": "" if row.name == reference.name else spread(difference, "+.4f"),
-        "accuracy, %": "" if row.runs[0]["accuracy"][1] is None else spread(100 * row.values("accuracy"), ".1f"),
+        "loss": spread(row.values("loss"), args.seeds),
+        f"minus that of {reference.name}": "" if row.name == reference.name else spread(difference, args.seeds, "+.4f"),
+        "accuracy, %": ""
+        if row.runs[0]["accuracy"][1] is None
+        else spread(100 * row.values("accuracy"), args.seeds, ".1f"),
         "peak, MiB": f"{row.memory['predicted'] / MIB:.2f}",
         "optimizer state, MiB": f"{row.memory['state'] / MIB:.2f}",
         "time, s": f"{row.values('seconds').min():.1f}",
@@ -379,9 +385,9 @@ def compare(args: argparse.Namespace, rows: list[Row], name: str) -> str:
     if not rows:
         return "Nothing is finished."
     reference = next((row for row in rows if row.name == name), rows[0])
-    before = {"": "before fine-tuning", "loss": spread(reference.values("loss", 0))}
+    before = {"": "before fine-tuning", "loss": spread(reference.values("loss", 0), len(reference.runs))}
     if reference.runs[0]["accuracy"][0] is not None:
-        before["accuracy, %"] = spread(100 * reference.values("accuracy", 0), ".1f")
+        before["accuracy, %"] = spread(100 * reference.values("accuracy", 0), len(reference.runs), ".1f")
     lacking = f"\n\nNot finished: {', '.join(args.missing)}." if args.missing else ""
     return table([before, *(cells(args, row, reference) for row in rows)]) + lacking
 
@@ -450,18 +456,23 @@ the rate that is best for outlier. Floored: no probability is below {FLOOR:g} / 
 
 
 def budget(args: argparse.Namespace) -> str:
-    """Few layers at a high rank or many at a low one: as many as fit the memory of LoRA, of LISA, and as published."""
+    """Few layers at a high rank or many at a low one: as many as fit the memory of LoRA, of LISA, and as published,
+    where also all layers at the highest rank that fits are tried."""
+    L, most = args.config.n_layers, args.config.dim // 16
+    ranks = [max(1, most // n) for n in (1, 2, 4)]
     base = {"method": "owlore", "embeddings": "frozen", **redrawn(args, 10)}
     rivals = {"lora": {"method": "lora"}, "published": base, "lisa": {"method": "lisa", "embeddings": "frozen"}}
     flags = {}
     for name, rival in rivals.items():
         limit, owner = memory(args, rival)["predicted"], name if rival is base else f"{name}'s"
         flags |= {} if rival is base else {name: rival}
-        for rank in (args.config.dim // 16, args.config.dim // 32, args.config.dim // 64):
-            ways = [base | {"rank": rank, "active": n} for n in range(1, args.config.n_layers + 1)]
+        grids = [[(n, rank) for n in range(1, L + 1)] for rank in ranks]
+        grids += [[(L, rank) for rank in range(1, most + 1)]] if rival is base else []
+        for ways in grids:
+            ways = [base | {"active": active, "rank": rank} for active, rank in ways]
             fitting = bisect.bisect_right(ways, limit, key=lambda way: memory(args, way)["predicted"])
             if fitting and ways[fitting - 1] not in flags.values():
-                flags[f"owlore, rank {rank}, {owner} memory"] = ways[fitting - 1]
+                flags[f"owlore, rank {ways[fitting - 1]['rank']}, {owner} memory"] = ways[fitting - 1]
     flags["full"] = {"method": "full", "embeddings": "frozen"}
     rows = [search(args, name, row) for name, row in flags.items()]
     return f"""Embedding and head are frozen in all of them, and OwLore draws its layers ten times in a run. What has all
@@ -472,7 +483,7 @@ layers active draws none, and is GaLore. As published are 5 of 32 layers at rank
 
 def many_layers(args: argparse.Namespace, active: int) -> dict:
     """OwLore with that many layers at a low rank, embedding and head frozen, layers drawn ten times in a run."""
-    low = {"rank": args.config.dim // 64, "active": active}
+    low = {"rank": max(1, args.config.dim // 64), "active": active}
     return {"method": "owlore", "embeddings": "frozen", **low, **redrawn(args, 10)}
 
 
@@ -480,19 +491,25 @@ def draws(args: argparse.Namespace) -> str:
     """Independent draws, or each layer in its turn; moments dropped, or kept."""
     base = many_layers(args, math.ceil(args.config.n_layers * 20 / 32))
     rows = [search(args, "independent", base)]
-    ways = {"in turns": ({}, "turns"), "uniform": ({"sampling": "uniform"}, ""), "moments kept": ({}, "parked")}
+    ways = {
+        "in turns": ({}, "turns"),
+        "uniform": ({"sampling": "uniform"}, ""),
+        "basis and moments kept": ({}, "parked"),
+    }
     for name, (flags, change) in ways.items() if rows[0] else ():
         rows.append(search(args, name, base | flags, change, like=rows[0]))
     return f"""Embedding and head are frozen, and layers drawn ten times in a run. Independent: as train.py does. In turns: those
-that are furthest behind their share p_l * active. All rows learn at the rate that is best for the first.
+that are furthest behind their share p_l * active, which draws likely layers still more often. Kept: what a layer had
+when it was active last, not counted as memory here. All rows learn at the rate that is best for the first.
 
 {compare(args, rows, "independent")}"""
 
 
 def projection(args: argparse.Namespace) -> str:
     """All layers at a low rank, with one thing changed at a time."""
-    base, slow = many_layers(args, args.config.n_layers), min(args.lrs)
+    base = many_layers(args, args.config.n_layers)
     rows = [search(args, "all layers", base)]
+    slow = float(f"{0.3 * rows[0].flags['lr'] if rows[0] else 1:.2g}")
     ways = {"warm-up": ({}, "warmup"), "beta2 0.95": ({}, "beta2"), "new bases every 10 steps": ({"update_gap": 10}, ""),
             "scale 3, norms slower": ({"scale": 3.0, "lr": slow}, ""), "scale 6": ({"scale": 6.0, "lr": slow}, ""),
             "the gradient's rest too (Fira)": ({}, "fira")}  # fmt: skip
@@ -554,14 +571,16 @@ def layers(args: argparse.Namespace) -> str:
             row = cell(active, rank)
             steps = max(1, round(args.steps * budget / row.values("seconds").mean().item()))
             again = row._replace(runs=run_seeds(args, row.flags | {"steps": steps}, "keep"))
-            then = {"steps in equal time": str(steps), "loss then": spread(again.values("loss"))}
+            then = {"steps in equal time": str(steps), "loss then": spread(again.values("loss"), args.seeds)}
             rows, timed, lines = [*rows, row], [*timed, again], [*lines, cells(args, row, reference) | then]
 
     limit = memory(args, {"method": "lisa"})["predicted"]
     within = [row for row in rows if row.memory["predicted"] <= limit]
     choices = {"equal tokens": rows, "equal time": timed, f"equal tokens, within LISA's {limit / MIB:.2f} MiB": within}
     best = {where: min(group, key=lambda row: row.values("loss").mean()) for where, group in choices.items() if group}
-    listed = "\n".join(f"- at {where}: {row.name}, {spread(row.values('loss'))}" for where, row in best.items())
+    listed = "\n".join(
+        f"- at {where}: {row.name}, {spread(row.values('loss'), args.seeds)}" for where, row in best.items()
+    )
     return f"""OwLore's published recipe, which is {reference.name}, with other numbers of active layers and ranks.
 Equal time is its {budget:.1f} s: each row runs again, with as many steps as it makes in them.
 
@@ -642,7 +661,7 @@ STUDIES = {
 
 # The results file
 
-ALL_TASKS = "budget, all tasks"
+ALL_TASKS, KEPT = "budget, all tasks", ("", "active", "rank", "optimizer state, MiB")
 TITLE = """# Methods and settings compared on {}
 
 Runs of train.py on the CPU. Loss and accuracy are those on validation data after the run: mean ± standard deviation
@@ -671,19 +690,19 @@ torch {torch.__version__}, Python {platform.python_version()}.
 def overview(name: str, sections: dict[str, str]) -> dict[str, str]:
     """A section with the losses of the budget study on all its tasks side by side, from the tables of its sections."""
     tasks = {}
-    for heading in (heading for heading in sections if heading.startswith("budget, ") and heading != ALL_TASKS):
-        lines = [line for line in sections[heading].splitlines() if line.startswith("|")]
-        columns, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
-        tasks[heading.split(", ")[1]] = {row[0]: dict(zip(columns, row)) for row in rows}
+    for heading, text in sections.items():
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        if heading.startswith("budget, ") and "minus that of lora" in "".join(lines):
+            columns, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+            tasks[heading.split(", ")[1]] = {row[0]: dict(zip(columns, row)) for row in rows}
     if len(tasks) < 2:
         return {}
-    named = {row: cells for rows in reversed(tasks.values()) for row, cells in rows.items()}
     lines = []
     for row in dict.fromkeys(row for rows in tasks.values() for row in rows):
         cells = {task: rows.get(row, {}) for task, rows in tasks.items()}
         losses = {task: cell.get("minus that of lora") or cell.get("loss", "") for task, cell in cells.items()}
-        kept = ("", "active", "rank", "optimizer state, MiB")
-        lines.append({key: named[row].get(key, "") for key in kept} | losses)
+        kept = {key: dict.fromkeys(cell[key] for cell in cells.values() if cell) for key in KEPT}
+        lines.append({key: " or ".join(values) for key, values in kept.items()} | losses)
     text = f"""Losses: those of the model before and of lora, and of the others their difference from lora's, seed by seed.
 
 {table(lines)}{losses_over_memory(name, tasks)}"""
@@ -695,25 +714,29 @@ def losses_over_memory(name: str, tasks: dict[str, dict[str, dict[str, str]]]) -
     if not (plt := pyplot()):
         return ""
     figure, axes = plt.subplots(1, len(tasks), figsize=(13, 4), sharex=True, layout="constrained")
-    for axis, (task, rows) in zip(axes, tasks.items()):
-        groups = {}  # label: (state, loss, its spread, active) of each row
+    groups = {}  # label: task, state, loss, its spread and the active layers of each row
+    for task, rows in tasks.items():
         for row, cell in rows.items():
             if state := cell["optimizer state, MiB"]:
                 loss, _, spread = cell["loss"].partition(" ± ")
-                label = f"owlore, rank {cell['rank']}" if row.startswith("owlore") else row
-                point = float(state), float(loss.split()[0]), float(spread or 0), cell["active"].split()[0]
-                groups.setdefault(label, []).append(point)
-        for label in ("full", "lisa", "lora", *sorted(groups.keys() - {"full", "lisa", "lora"})):
-            states, losses, spreads, active = zip(*sorted(groups.get(label, [(math.nan, math.nan, 0, "")])))
+                label = f"owlore, rank {cell['rank']:>2}" if row.startswith("owlore") else row
+                numbers = float(state), float(loss.split()[0]), float(spread.split()[0] if spread else 0)
+                groups.setdefault(label, []).append((task, *numbers, cell["active"].split()[0]))
+    for label, points in sorted(groups.items()):
+        for axis, task in zip(axes, tasks):
+            here = sorted(point[1:] for point in points if point[0] == task) or [(math.nan, math.nan, 0, "")]
+            states, losses, spreads, active = zip(*here)
             axis.errorbar(states, losses, spreads, marker="o", capsize=3, label=label)
-            for place in zip(active, states, losses):
-                axis.annotate(place[0], place[1:], (4, 4), textcoords="offset points", fontsize=8, annotation_clip=True)
+            for text, *place in zip(active, states, losses):
+                axis.annotate(text, place, (4, 4), textcoords="offset points", fontsize=8, annotation_clip=True)
+    for axis, task in zip(axes, tasks):
         axis.set(title=task, xlabel="optimizer state, MiB (at the points: active layers)", xscale="log")
         axis.margins(x=0.1)
     axes[0].set(ylabel="validation loss")
     axes[0].legend()
     file = RESULTS / f"methods-{name}.png"
     figure.savefig(file, dpi=100)
+    plt.close(figure)
     return f"\n\n![losses over the optimizer's state]({file.name})"
 
 
