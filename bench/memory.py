@@ -359,6 +359,7 @@ For comparison: the paper (arXiv 2405.18380) reports 21 GB for OwLore on LLaMA-2
 The peak is that of the device, one row at once. Host memory has the weights, gradients and moments of embedding, head
 and norms, and the sums of gradients that wait for new bases. What is counted is a lower bound: on the CPU, where this
 runs, FSDP brings in no block ahead of its use, and bringing one to the device makes no copy. The estimate has both.
+With several micro-batches the sums grow with the active layers, whatever their rank.
 
 Each pass brings in every weight, 2 bytes; of every token it is multiplied with, forward, recomputing and backward take 6
 to 8 FLOP per weight. So the copies hide behind the arithmetic from this many tokens at once on, at {PCIE / 1e9:.0f} GB/s (PCIe 4,
