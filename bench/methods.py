@@ -322,6 +322,8 @@ def search(args: argparse.Namespace, name: str, flags: dict, change: str = "", l
     row may lack rates, seeds or all of its runs (None), and is then added to those that args.missing names."""
     print(name, flush=True)
     grid, losses = [like.flags["lr"]] if like else sorted(args.lrs), {}
+    if flags["method"] == "full" and not like:  # every weight moves: its best rate is lower than the others'
+        grid.insert(0, float(f"{grid[0] * grid[0] / grid[1]:.2g}"))
     while True:
         for lr in grid:
             with contextlib.suppress(Unfinished):
