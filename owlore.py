@@ -458,12 +458,18 @@ def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
-CHUNK = 2**21  # elements handled at once if all of a matrix in fp32 would take too much memory: 8 MiB
+# Elements handled at once if all of a matrix in fp32 would take too much memory. A GPU needs more of them to be busy: in
+# a 7B with 20 active layers on an H200 a step took 1.30 s in blocks of 2^21 and 0.84 s in blocks of 2^23.
+CHUNK, CHUNK_ON_GPU = 2**21, 2**23  # 8 and 32 MiB
+
+
+def chunk(device: torch.device) -> int:
+    return CHUNK_ON_GPU if device.type == "cuda" else CHUNK
 
 
 def fp32_rows(G: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Walk the rows of G in fp32, and tensors of as many rows: a few at a time if there is no room for an fp32 copy."""
-    height = len(G) if G.dtype == torch.float32 else max(1, CHUNK // G.shape[1])
+    height = len(G) if G.dtype == torch.float32 else max(1, chunk(G.device) // G.shape[1])
     for rows, *parts in zip(*(x.split(height) for x in (G, *others))):
         yield rows.float(), *parts
 
@@ -474,7 +480,8 @@ def row_blocks(p: Tensor, seed: tuple, *tensors: Tensor) -> Iterator[tuple]:
     own, so it is the same however many processes share the rows."""
     rows, *tensors = (torch.atleast_1d(x) for x in (own(p), *tensors))
     first, width = rows_of(p).start, p.shape[1:].numel()
-    height, device = max(1, CHUNK // width), tensors[0].device
+    device = tensors[0].device
+    height = max(1, chunk(device) // width)
     random = torch.Generator(device)
     for begin in range(first - first % height, first + len(rows), height):
         ours, noise = slice(max(begin - first, 0), begin - first + height), None
@@ -532,7 +539,7 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     if not KAK.isfinite().all():
         raise torch.linalg.LinAlgError("the gradient is not finite")
     leading = torch.linalg.eigh(KAK).eigenvectors.flip(1)[:, :rank]
-    return torch.ormqr(H, tau, F.pad(leading, (0, 0, 0, n - k)))  # K leading
+    return torch.ormqr(H, tau, F.pad(leading, (0, 0, 0, n - k))).contiguous()  # K leading
 
 
 def magnitude(G: Tensor) -> float:

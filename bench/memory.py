@@ -16,6 +16,7 @@ and what a process sends in a step.
 
 import argparse
 import datetime
+import math
 import platform
 import sys
 import weakref
@@ -147,14 +148,17 @@ def run_steps(
     draws = args.draws if sampled else [None]
     model.to_empty(device=where)
     for p in model.parameters():
-        owlore.own(p.detach()).normal_(0, 0.02)
+        weight = owlore.own(p.detach())
+        weight.normal_(0, 0.02) if p.dim() == 2 else weight.fill_(1.0)
         if live and args.offload:
             live.to_host(owlore.own(p))
             p.register_post_accumulate_grad_hook(lambda p: live.to_host(owlore.own(p.grad)))
     if live:  # what comes before is not the step's
         live.peak = live.live
     shape = args.micro_batch_size, args.seq_len
-    tokens = torch.ones(shape, dtype=torch.int64, device=args.device).flatten()
+    tokens = (
+        torch.arange(math.prod(shape), device=args.device) % config.vocab_size
+    )  # all alike have no gradient in q, k
     positions = torch.arange(args.seq_len, device=args.device).repeat(args.micro_batch_size)
     batch = tokens, tokens, Layout([shape], positions)  # full rows, all predicted
     model.checkpoint_blocks = args.recompute
@@ -174,7 +178,8 @@ def run_steps(
 
 def measure(config: ModelConfig, args: argparse.Namespace, processes: int = 1) -> dict[str, int | None]:
     """Bytes of a configuration in one of its processes: weights, optimizer state, the peak on the device as train.py
-    estimates it, as it is counted and, on a CUDA GPU, measured; what is in host memory, and sent in a step."""
+    estimates it, as it is counted and, on a CUDA GPU, measured, with what PyTorch had reserved for it; what is in host
+    memory, and sent in a step."""
     args = argparse.Namespace(
         **vars(args) | {"draws": draw_layers(config, args) if args.sampling else [], "device": "cpu"}
     )
@@ -203,12 +208,13 @@ def measure(config: ModelConfig, args: argparse.Namespace, processes: int = 1) -
         live,
         patch.object(ProjectedGradient, "add_gradient", add),
         patch.object(owlore, "moments", make_moments),
+        patch.object(owlore, "CHUNK", owlore.CHUNK_ON_GPU),
         patch.object(_fsdp_param, "free_storage", then_resized(_fsdp_param.free_storage)),
         patch.object(_fsdp_param, "alloc_storage", then_resized(_fsdp_param.alloc_storage)),
     ):
         weights, state, sent = run_steps(model, where, args, live)
     del model
-    measured = None
+    measured = reserved = None
     if dist.is_initialized():
         dist.destroy_process_group()
     if torch.cuda.is_available() and processes == 1:
@@ -218,11 +224,11 @@ def measure(config: ModelConfig, args: argparse.Namespace, processes: int = 1) -
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         run_steps(*build(config, args), args, None)
-        measured = torch.cuda.max_memory_allocated()
+        measured, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         if args.offload:
             dist.destroy_process_group()
     return {"weights": weights, "state": state, "estimated": estimated, "predicted": live.peak, "measured": measured,
-            "host": live.host_peak, "sent": sent}  # fmt: skip
+            "reserved": reserved, "host": live.host_peak, "sent": sent}  # fmt: skip
 
 
 def parse_shape(name: str) -> ModelConfig:
@@ -231,7 +237,7 @@ def parse_shape(name: str) -> ModelConfig:
 
 
 CARD = {"weights": "weights", "state": "optimizer state", "estimated": "peak, estimated", "predicted": "peak, counted"}
-CARD |= {"measured": "peak, measured on the GPU"} if torch.cuda.is_available() else {}
+CARD |= {"measured": "peak, measured on the GPU", "reserved": "reserved for it"} if torch.cuda.is_available() else {}
 HOST = {"estimated": "peak, estimated", "predicted": "peak, counted", "host": "host memory"}
 SHARED = {
     "weights": "its weights",

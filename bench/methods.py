@@ -14,7 +14,8 @@
 Every row of a table has its own learning rate: the best on seed 0 out of --lrs, a grid that is extended as long as the
 best is at its end. All seeds then run at that one. A finished run is kept in bench/results/methods-runs.jsonl, with the
 commit it was made by, under its flags and a checksum of checkpoint and data: a study that was interrupted goes on where
-it was, and --finished writes the tables of those that are there already, and names what they lack.
+it was, and --finished writes the tables of those that are there already, and names what they lack. --jobs runs several
+at once, as fill a GPU (with OMP_NUM_THREADS=1, and CUDA's MPS if it is there).
 
     python bench/methods.py methods sampling --ckpt tiny --data tiny/train.json --val-data tiny/val.json --seq-len 72
 """
@@ -26,6 +27,7 @@ import datetime
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -35,6 +37,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +46,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -194,7 +198,7 @@ def complete(args: argparse.Namespace, flags: dict) -> dict:
 
 
 class Unfinished(Exception):
-    """A run that --finished does not find."""
+    """A run that is wanted of the finished ones, and not among them."""
 
 
 def checksum(args: argparse.Namespace) -> int:
@@ -234,7 +238,7 @@ def command_line(args: argparse.Namespace, flags: dict) -> list[str]:
     """train.py's arguments: the flags, and those that all runs share."""
     names = ("ckpt", "data", "val_data", "steps", "epochs", "batch_size", "seq_len")
     shared = {name: getattr(args, name) for name in names}
-    flags = {"device": "cpu", **shared, **flags}
+    flags = {"device": args.device, "dtype": args.dtype, **shared, **flags}
     flags["eval_every"] = flags["steps"] or 2**31 - 1  # an evaluation on the way would only cost time
     given = {flag: value for flag, value in flags.items() if value is not None}
     pairs = [(f"--{flag.replace('_', '-')}", value) for flag, value in given.items()]
@@ -277,8 +281,13 @@ def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
 
     flags = complete(args, flags)
     shared = {"steps": args.steps, "epochs": args.epochs, "batch_size": args.batch_size, "seq_len": args.seq_len}
-    key = {"flags": shared | flags, "change": change}
-    result = cached(args, key, compute, args.finished)
+    where = {"device": args.device, "dtype": args.dtype} if other_than_cpu(args) else {}
+    try:
+        result = cached(args, {"flags": shared | where | flags, "change": change}, compute, args.finished)
+    except Unfinished:
+        if args.wanted is not None:
+            args.wanted.append((flags, change))
+        raise
     loss, seconds = result["loss"][1], result["seconds"]
     print(f"    lr {flags['lr']:g}, seed {flags['seed']}: loss {loss:.4f}, {seconds:.1f} s", flush=True)
     return result
@@ -289,8 +298,15 @@ def memory(args: argparse.Namespace, flags: dict) -> dict:
     recomputed, as on a card that is too small for their activations."""
     flags = complete(args, flags)
     filled = argparse.Namespace(**vars(fill(args, flags)) | {"recompute": True, "micro_batch_size": args.batch_size})
-    shape = {"batch_size": args.batch_size, "seq_len": args.seq_len}
+    shape = {"batch_size": args.batch_size, "seq_len": args.seq_len} | (
+        {} if args.dtype == "fp32" else {"dtype": args.dtype}
+    )
     return cached(args, {"memory": shape | flags}, lambda: measure(args.config, filled))
+
+
+def other_than_cpu(args: argparse.Namespace) -> str:
+    """What the results' file is called besides: nothing of runs on the CPU, in fp32."""
+    return "" if (args.device, args.dtype) == ("cpu", "fp32") else f"-{args.device}-{args.dtype}"
 
 
 class Row(NamedTuple):
@@ -335,7 +351,7 @@ def search(args: argparse.Namespace, name: str, flags: dict, change: str = "", l
         beside = grid[1] if best == grid[0] else grid[-2]
         grid = sorted([*grid, float(f"{best * best / beside:.2g}")])
     tuned = {**flags, "lr": best}
-    runs = run_seeds(args, tuned, change) if losses else []
+    runs = run_seeds(args, tuned, change) if losses and (args.wanted is None or len(losses) == len(grid)) else []
     if len(losses) < len(grid) or len(runs) < args.seeds:
         args.missing.append(name)
     return Row(name, tuned, sorted(losses), runs, memory(args, flags)) if runs else None
@@ -566,6 +582,8 @@ def layers(args: argparse.Namespace) -> str:
         return search(args, name, base | {"active": active, "rank": rank}, "keep")
 
     reference = cell(base["active"], base["rank"])
+    if not reference:
+        return "Nothing is finished."
     budget = reference.values("seconds").mean().item()
     rows, timed, lines = [], [], []
     for rank in (base["rank"], 4 * base["rank"], 0):
@@ -626,7 +644,7 @@ def chart(args: argparse.Namespace, rows: list[Row], timed: list[Row]) -> str:
     axes[1].set(title="equal time", xlabel="active layers", xticks=ticks)
     axes[2].set(title="equal tokens (at the points: active layers)", xlabel="peak memory, MiB")
     axes[0].legend()
-    file = RESULTS / f"methods-{args.name}-layers.png"
+    file = RESULTS / f"methods-{args.name}{other_than_cpu(args)}-layers.png"
     figure.savefig(file, dpi=120)
     return f"\n\n![final loss over active layers, for each rank]({file.name})"
 
@@ -666,7 +684,7 @@ STUDIES = {
 ALL_TASKS, KEPT = "budget, all tasks", ("", "active", "rank", "optimizer state, MiB")
 TITLE = """# Methods and settings compared on {}
 
-Runs of train.py on the CPU. Loss and accuracy are those on validation data after the run: mean ± standard deviation
+Runs of train.py. Loss and accuracy are those on validation data after the run: mean ± standard deviation
 over seeds, which change the order of the data and the layers drawn. Differences are taken seed by seed; one within its
 ± shows nothing. A row's learning rate is the best one on seed 0 and on the same validation data, found for all rows in
 the same way. Memory is the peak of a training step with full rows, every tensor counted by bench/memory.py, blocks
@@ -681,11 +699,12 @@ def provenance(args: argparse.Namespace) -> str:
     words = [os.path.relpath(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() and args.device != "cpu" else ""
     lrs = ", ".join(f"{lr:g}" for lr in sorted(args.lrs))
     return f"""`python bench/methods.py {shlex.join(words)}`, {datetime.date.today()},
-{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, \
+{gpu}{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, \
 torch {torch.__version__}, Python {platform.python_version()}.
-{args.config.n_layers} layers of {args.config.dim} dimensions, fp32; {args.steps or args.epochs} \
+{args.config.n_layers} layers of {args.config.dim} dimensions, {args.dtype}; {args.steps or args.epochs} \
 {"steps" if args.steps else "epoch(s)"} of {args.batch_size} rows a step of at most {args.seq_len} tokens; seeds 0 to {args.seeds - 1}; learning rates {lrs}, and what extends them."""
 
 
@@ -744,17 +763,16 @@ def losses_over_memory(name: str, tasks: dict[str, dict[str, dict[str, str]]]) -
 
 def write_section(args: argparse.Namespace, study: str, text: str) -> None:
     """Put a study's section into the checkpoint's results, in the place of the one it had."""
-    out, data = RESULTS / f"methods-{args.name}.md", Path(args.data)
+    name, data = args.name + other_than_cpu(args), Path(args.data)
+    out = RESULTS / f"methods-{name}.md"
     heading = study if data.parent == Path(args.ckpt) else f"{study}, {data.stem}"
     found = re.split(r"(?m)^## (.*)$", out.read_text() if out.exists() else "")[1:]
     sections = dict(zip(found[::2], found[1::2])) | {heading: f"{provenance(args)}\n\n{text}"}
-    sections = overview(args.name, sections) | {
-        heading: text for heading, text in sections.items() if heading != ALL_TASKS
-    }
+    sections = overview(name, sections) | {heading: text for heading, text in sections.items() if heading != ALL_TASKS}
     order = sorted(sections, key=lambda heading: list(STUDIES).index(heading.split(",")[0]))
     parts = [f"## {heading}\n\n{sections[heading].strip()}\n" for heading in order]
     with atomic_write(out) as file:
-        file.write((TITLE.format(args.name) + "\n".join(parts)).encode())
+        file.write((TITLE.format(name) + "\n".join(parts)).encode())
     print(f"\n{text}\n\nsaved: {os.path.relpath(out)}\n", flush=True)
 
 
@@ -771,6 +789,9 @@ def main() -> None:
     add("--steps", type=train.at_least(1), default=90, help="optimizer steps of a run (default: %(default)s)")
     add("--epochs", type=train.at_least(1), help="passes through the data, instead of --steps")
     add("--finished", action="store_true", help="run nothing: write the tables of the runs that are finished")
+    add("--jobs", type=train.at_least(1), default=1, help="runs at a time (default: %(default)s)")
+    add("--device", default="cpu", help="default: %(default)s")
+    add("--dtype", choices=("bf16", "fp32"), default="fp32", help="default: %(default)s")
     add("--batch-size", type=train.at_least(1), default=16, help="rows in a step (default: %(default)s)")
     add("--seq-len", type=train.at_least(1), default=256, help="tokens in a row (default: %(default)s)")
     add("--seeds", type=train.at_least(2), default=3, help="runs of each row (default: %(default)s)")
@@ -785,6 +806,19 @@ def main() -> None:
     command(parser, lambda: run_studies(args))
 
 
+def run_together(args: argparse.Namespace, study: Callable) -> None:
+    """Run what a study lacks, --jobs at a time. It is asked again after each round: what it wants next hangs on that."""
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        while True:
+            looking = argparse.Namespace(**vars(args) | {"finished": True, "wanted": [], "missing": []})
+            study(looking)
+            jobs = [pool.submit(run, args, *wanted) for wanted in looking.wanted]
+            if not jobs:
+                return
+            for job in tqdm(as_completed(jobs), "runs", len(jobs), leave=False, disable=None):
+                job.result()
+
+
 def run_studies(args: argparse.Namespace) -> None:
     """Run the studies, and write each one's section as soon as it is finished."""
     if len(set(args.lrs)) < max(2, len(args.lrs)):
@@ -793,7 +827,9 @@ def run_studies(args: argparse.Namespace) -> None:
     args.name, args.files = Path(args.ckpt).resolve().name, checksum(args)
     RESULTS.mkdir(exist_ok=True)
     for study in args.studies:
-        args.missing = []
+        args.missing, args.wanted = [], None
+        if args.jobs > 1 and not args.finished:
+            run_together(args, STUDIES[study])
         write_section(args, study, STUDIES[study](args))
 
 

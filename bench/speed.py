@@ -14,7 +14,7 @@ The peer is `LlamaForCausalLM` with gradient checkpointing, its layers sampled b
 `steps` need bench/requirements.txt.
 
     python bench/speed.py steps                                                       two CPU cores, minutes
-    python bench/speed.py steps --model llama2-7b --batch-size 16 --seq-len 512       a GPU with 80 GB
+    python bench/speed.py steps --model llama2-7b --batch-size 16 --seq-len 512 --alone         a GPU with 24 GB
     python bench/speed.py data --model runs/smollm2 --data ../shared/data/alpaca_en_demo.json --batch-size 16 --seq-len 512
     python bench/speed.py refresh
     python bench/speed.py tokenise --model ../shared/tokenizers/llama2
@@ -161,8 +161,8 @@ def build_peer(model: Transformer, args: argparse.Namespace) -> tuple[nn.Module,
 
 
 def check(losses: list[float], args: argparse.Namespace) -> None:
-    """Raise InputError if the two losses of a batch are not those of one model."""
-    if not abs(losses[0] - losses[1]) <= TOLERANCE[args.dtype] * losses[0]:
+    """Raise InputError if the losses of a batch, here and in the peer, are not those of one model."""
+    if not max(losses) - min(losses) <= TOLERANCE[args.dtype] * losses[0]:
         raise InputError(f"the losses, {losses[0]:.6f} here and {losses[1]:.6f} in the peer, differ: not one model")
 
 
@@ -170,7 +170,7 @@ def steps(args: argparse.Namespace) -> list[str]:
     """Training steps of this project and of the peer, in alternation."""
     config, device = args.config, args.device
     model, optimizer, sampler = build_ours(config, args)
-    peer, peer_optimizer = build_peer(model, args)
+    peer, peer_optimizer = (None, None) if args.alone else build_peer(model, args)
     tokens = torch.randint(config.vocab_size, (args.batch_size, args.seq_len), device=device)
     # The peer shifts its labels itself, and the last token of a row has none.
     positions = torch.arange(args.seq_len, device=device).repeat(args.batch_size)
@@ -189,25 +189,28 @@ def steps(args: argparse.Namespace) -> list[str]:
         peer_gradients()
         peer_optimizer.step()
 
+    sides = [ours] if args.alone else [ours, theirs]
     with torch.no_grad():
-        losses = [model(*batch).item(), peer(input_ids=tokens, labels=tokens, use_cache=False).loss.item()]
+        losses = [model(*batch).item()]
+        losses += [] if args.alone else [peer(input_ids=tokens, labels=tokens, use_cache=False).loss.item()]
     check(losses, args)
     rate = matmul_rate(args.dtype, device)
     ours()
-    peer_gradients()  # no step: on a large model its SVDs, which the first one needs, take minutes
+    if not args.alone:
+        peer_gradients()  # no step: on a large model its SVDs, which the first one needs, take minutes
     drawn = sampler.drawn
     sampler.activate([])
     optimizer.zero_grad()  # drops the state of all layers: all are new to the next step, as they are to the peer's
     sampler.activate(drawn)
-    first = [seconds(run, device) for run in (ours, theirs)]
-    times = [], []  # seconds per step of each side, by round
+    first = [seconds(run, device) for run in sides]
+    times = [[] for _ in sides]  # seconds per step of each side, by round
     for number in tqdm(range(args.rounds), "rounds", leave=False, disable=None):
-        for side, run in sorted(enumerate((ours, theirs)), reverse=number % 2):
+        for side, run in sorted(enumerate(sides), reverse=number % 2):
             run()  # warm again, after the other side's turn
             times[side].append(seconds(lambda: [run() for _ in range(args.steps)], device) / args.steps)
 
     needed = needed_flops(config, tokens.numel(), len(drawn), args.rank)
-    executed = [executed_flops(run) for run in (ours, theirs)]
+    executed = [executed_flops(run) for run in sides]
     step = [median(side) for side in times]
     extra = [max(0.0, a - b) for a, b in zip(first, step)]
     rows = {
@@ -220,18 +223,21 @@ def steps(args: argparse.Namespace) -> list[str]:
             f"{e / (INTERVAL * t + e):.1%}" for e, t in zip(extra, step)
         ],
     }
-    recompute = "by the peer alone" if args.keep_activations else "on both sides"
+    recomputed = f"blocks {'not ' * args.keep_activations}recomputed" + ("" if args.alone else " here")
+    ratio = [
+        f"**Ratio of the median tokens per second: {step[-1] / step[0]:.2f}**; in a round "
+        f"{spread([b / a for a, b in zip(times[0], times[-1])], '.2f')}.",
+        "",
+    ]
     return [
         f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, {args.batch_size} x "
         f"{args.seq_len} tokens, {str(args.dtype)[6:]}, {len(drawn)} of {config.n_layers} layers active, rank "
-        f"{args.rank}, blocks recomputed {recompute}, {args.rounds} rounds of {args.steps} steps. Square matmuls reach "
-        f"{rate / 1e12:.3g} TFLOP/s. Loss of the first batch: {losses[0]:.5f} and {losses[1]:.5f}.",
+        f"{args.rank}, {recomputed}, {args.rounds} rounds of {args.steps} steps. Square matmuls reach "
+        f"{rate / 1e12:.3g} TFLOP/s. Loss of the first batch: {' and '.join(f'{loss:.5f}' for loss in losses)}.",
         "",
-        f"**Ratio of the median tokens per second: {step[1] / step[0]:.2f}**; in a round "
-        f"{spread([b / a for a, b in zip(*times)], '.2f')}.",
-        "",
-        "| median (least to most) | this project | transformers + galore-torch |",
-        "|---|---|---|",
+        *(ratio if len(sides) > 1 else []),
+        f"| median (least to most) | this project |{' transformers + galore-torch |' * (len(sides) - 1)}",
+        f"|{'---|' * (len(sides) + 1)}",
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()),
     ]
 
@@ -588,6 +594,7 @@ def main() -> None:
     add("--rank", type=positive, help="default: dim / 16; for refresh 256")
     add("--shape", type=int, nargs=2, default=(4096, 11008), help="for refresh (default: 4096 11008)")
     add("--keep-activations", action="store_true", help="recompute no blocks here, as train.py where memory allows it")
+    add("--alone", action="store_true", help="for steps: without the peer, whose SVDs take minutes on a large model")
     add("--rounds", type=positive, default=5, help="times that everything is measured (default: %(default)s)")
     add("--steps", type=positive, default=3, help="for steps: of either side in a round (default: %(default)s)")
     add("--dtype", choices=("bf16", "fp32"), help="default: bf16 on cuda, fp32 elsewhere")
