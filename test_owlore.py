@@ -1568,6 +1568,7 @@ def test_randomized_basis_is_orthonormal_and_captures_what_the_exact_one_does(ki
         with TF32() if tf32 else contextlib.nullcontext():
             P = projection_basis(gradient, 8)
         assert P.shape == (300, 8) and P.dtype == torch.float32
+        assert P.is_contiguous()  # NCCL broadcasts nothing else
         torch.testing.assert_close(P.T @ P, torch.eye(8), rtol=0, atol=1e-5)
         tall = (gradient if gradient.shape[0] == 400 else gradient.T).double()
         best = torch.linalg.svdvals(tall)[:8].square().sum()
