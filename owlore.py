@@ -458,8 +458,8 @@ def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
-# Elements handled at once if all of a matrix in fp32 would take too much memory. A GPU needs more of them to be busy: in
-# a 7B with 20 active layers on an H200 a step took 1.30 s in blocks of 2^21 and 0.84 s in blocks of 2^23.
+# Elements handled at once if all of a matrix in fp32 would take too much memory. A GPU needs more of them to be busy:
+# with 2^21 a 7B's step waits for kernels to be launched (bench/results/speed-steps-cuda.md).
 CHUNK, CHUNK_ON_GPU = 2**21, 2**23  # 8 and 32 MiB
 
 
