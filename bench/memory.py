@@ -156,9 +156,8 @@ def run_steps(
     if live:  # what comes before is not the step's
         live.peak = live.live
     shape = args.micro_batch_size, args.seq_len
-    tokens = (
-        torch.arange(math.prod(shape), device=args.device) % config.vocab_size
-    )  # all alike have no gradient in q, k
+    # Tokens that are all alike, or norms near zero, would leave most matrices without a gradient, hence without state.
+    tokens = torch.arange(math.prod(shape), device=args.device) % config.vocab_size
     positions = torch.arange(args.seq_len, device=args.device).repeat(args.micro_batch_size)
     batch = tokens, tokens, Layout([shape], positions)  # full rows, all predicted
     model.checkpoint_blocks = args.recompute

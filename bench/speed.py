@@ -223,7 +223,9 @@ def steps(args: argparse.Namespace) -> list[str]:
             f"{e / (INTERVAL * t + e):.1%}" for e, t in zip(extra, step)
         ],
     }
-    recomputed = f"blocks {'not ' * args.keep_activations}recomputed" + ("" if args.alone else " here")
+    recomputed = f"blocks {'not ' * args.keep_activations}recomputed" + (
+        "" if args.alone else " here, and always by the peer"
+    )
     ratio = [
         f"**Ratio of the median tokens per second: {step[-1] / step[0]:.2f}**; in a round "
         f"{spread([b / a for a, b in zip(times[0], times[-1])], '.2f')}.",
