@@ -71,6 +71,7 @@ from owlore import (
 )
 
 torch.set_num_threads(1)  # on tensors this small a second thread only costs
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the processes started here would not hear it either
 
 SHARED = Path(__file__).parent.parent / "shared"
 STORIES = SHARED / "checkpoints" / "stories260K"
