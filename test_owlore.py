@@ -1657,7 +1657,7 @@ def state_bytes(optimizer: ProjectedAdam) -> int:
 def test_frozen_layers_hold_no_state_and_no_gradient(forget):
     torch.manual_seed(0)
     model = build(n_layers=6)
-    args = settings_of("--method", "owlore", "--rank", 4, "--update-gap", 10, "--active", 2)
+    args = settings_of("--method", "owlore", "--rank", 4, "--update-gap", 10, "--active", 2, "--embeddings", "full")
     optimizer, sampler = train.build_optimizer(model, args), LayerSampler(model.layers, torch.ones(6) / 6, 2)
     # per linear m x n of an active layer: basis, two moments; per norm and for embedding, head and final norm: two moments
     layer = sum(
@@ -2167,29 +2167,34 @@ def settings_of(*flags) -> train.argparse.Namespace:
 
 
 @pytest.mark.parametrize(
-    "n_layers, dim, flags, active, rank",
+    "n_layers, dim, flags, active, rank, embeddings",
     [
-        (32, 4096, "", 20, 64),
-        (32, 4096, "--active 5", 5, 256),
-        (32, 4096, "--active 2", 2, 256),
-        (32, 4096, "--rank 0", 5, 0),
-        (32, 4096, "--rank 16 --active 9", 9, 16),
-        (30, 576, "", 19, 9),
-        (30, 576, "--active 5", 5, 36),
-        (40, 5120, "--active 7", 7, 320),
-        (8, 128, "", 5, 8),
-        (1, 64, "", 1, 8),
-        (32, 4096, "--method lisa", 2, 256),
-        (8, 128, "--method lisa", 1, 8),
-        (32, 4096, "--method galore", None, 256),
-        (8, 128, "--method lora", None, 8),
-        (32, 4096, "--method lora --rank 64", None, 64),
+        (32, 4096, "", 20, 64, "projected"),
+        (32, 4096, "--active 5", 5, 256, "full"),
+        (32, 4096, "--active 6", 6, 213, "projected"),
+        (32, 4096, "--active 2", 2, 256, "full"),
+        (32, 4096, "--embeddings full", 20, 64, "full"),
+        (32, 4096, "--rank 0", 5, 0, "full"),
+        (32, 4096, "--rank 0 --active 20", 20, 0, "full"),
+        (32, 4096, "--rank 16 --active 9", 9, 16, "projected"),
+        (30, 576, "", 19, 9, "projected"),
+        (30, 576, "--active 5", 5, 36, "full"),
+        (40, 5120, "--active 7", 7, 320, "full"),
+        (8, 128, "", 5, 8, "projected"),
+        (1, 64, "", 1, 8, "full"),
+        (32, 4096, "--method lisa", 2, 256, "full"),
+        (8, 128, "--method lisa", 1, 8, "full"),
+        (32, 4096, "--method galore", None, 256, "full"),
+        (8, 128, "--method lora", None, 8, "frozen"),
+        (32, 4096, "--method lora --rank 64", None, 64, "frozen"),
     ],
 )
-def test_defaults_at_7b_follow_the_model_and_are_the_papers_with_its_active_layers(n_layers, dim, flags, active, rank):
+def test_defaults_follow_the_model_and_are_the_papers_with_its_active_layers(
+    n_layers, dim, flags, active, rank, embeddings
+):
     args = train.flag_parser().parse_args([*flags.split(), "--data", "x"])
     args = train.decide_settings(args, ModelConfig(dim=dim, n_layers=n_layers, n_heads=8, vocab_size=32))
-    assert (args.active, args.rank) == (active, rank)
+    assert (args.active, args.rank, args.embeddings) == (active, rank, embeddings)
     if dim == 4096:
         assert (args.lr, args.threshold, args.seq_len, args.batch_size, args.update_gap) == (3e-4, 13, 512, 16, 100)
         assert args.interval == {"owlore": 50, "lisa": 3}.get(args.method)
@@ -2795,7 +2800,10 @@ def test_two_or_three_processes_train_what_one_does(method, base, tmp_path):
         assert_like_runs(tmp_path / "1", tmp_path / str(count))
 
 
-@pytest.mark.parametrize("method", [*train.METHODS, "owlore --embeddings projected --micro-batch-size 11"])
+@pytest.mark.parametrize(
+    "method",
+    ["owlore --embeddings full", *list(train.METHODS)[1:], "owlore --embeddings projected --micro-batch-size 11"],
+)
 def test_weights_in_host_memory_change_nothing(method, base, tmp_path):
     """(Gradients of several micro-batches that FSDP reduces are added up before, not after, they are projected.)"""
     line = f"{shared_line(base, method)} --dtype bf16"
@@ -2852,11 +2860,13 @@ LLAMA3_8B = dict(vocab_size=128256, n_kv_heads=8, hidden_dim=14336, rope_theta=5
     [
         ({}, 80, "", (False, False, 16)),
         ({}, 24, "", (False, True, 16)),
-        ({}, 17, "", (False, True, 2)),
-        ({}, 16.8, "--batch-size 11", (False, True, 1)),  # 11, 6, 3, 2, 1
+        ({}, 17, "", (False, True, 8)),
+        ({}, 17, "--embeddings full", (False, True, 2)),
+        ({}, 16.8, "--embeddings full --batch-size 11", (False, True, 1)),  # 11, 6, 3, 2, 1
         ({}, 12, "", (True, True, 16)),
         ({}, 80, "--offload --micro-batch-size 4", (True, False, 4)),
-        (LLAMA3_8B, 24, "", (True, True, 16)),
+        (LLAMA3_8B, 24, "", (False, True, 16)),
+        (LLAMA3_8B, 24, "--embeddings full", (True, True, 16)),
         (dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672), 22, "", (True, True, 8)),
     ],
 )
@@ -3219,7 +3229,7 @@ def test_the_memory_benchmark_counts_the_state_of_every_method(method, monkeypat
     config = ModelConfig(dim=64, n_layers=4, n_heads=4, vocab_size=100)
     flags = f"--ckpt - --data - --method {method} --rank 8 --batch-size 2 --seq-len 8 --device cpu"
     if train.METHODS[method].sampling:
-        flags += " --active 3"
+        flags += " --active 3 --embeddings full"
     args = train.decide_settings(train.flag_parser().parse_args(flags.split()), config)
     args.recompute, args.micro_batch_size = True, 1
     counted = memory.measure(config, args)

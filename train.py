@@ -379,7 +379,7 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--out", help="run folder (default: the first free of runs/NAME, runs/NAME-2, ...)")
     add("--method", choices=METHODS, default="owlore", help="default: %(default)s")
     add("--sampling", choices=("outlier", "uniform", "reverse", "increasing", "decreasing"), help="how layers are drawn (default: owlore outlier, lisa uniform)")
-    add("--active", type=at_least(1), help="layers trained at a time (default: 20 of every 32, lisa 2, owlore --rank 0 5; the paper's 5 sets its --rank too)")
+    add("--active", type=at_least(1), help="layers trained at a time (default: 20 of every 32, lisa 2, owlore --rank 0 5; the paper's 5 sets its --rank and --embeddings too)")
     add("--interval", type=at_least(1), help="optimizer steps between two draws (default: 50, lisa 3)")
     add("--rank", type=at_least(0), help=f"of the projection (default: dim / 16; owlore less with more than the paper's 5 of 32 layers active, for the same memory: 64 for a 7B), 0 for owlore without projection; of lora's additions (default: dim / 128); at least {MIN_RANK}")
     add("--lora-alpha", type=positive, help="lora's additions count alpha / rank (default: twice the rank)")
@@ -387,7 +387,7 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--scale", type=positive, default=1.0, help="of the projected update (default: %(default)s)")
     add("--svd", choices=("randomized", "exact"), default="randomized", help="default: %(default)s")
     add("--threshold", type=at_least(1e-12, float, 1000), help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")
-    add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: full, lora frozen)")
+    add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: owlore projected, lora frozen, others and the paper's --active full)")
     add("--lr", type=positive, help="peak learning rate, falling linearly to zero (default: 3e-4 * (4096 / dim)^0.75, which is 3e-4 for a 7B)")
     add("--weight-decay", type=at_least(0, float), default=0.0, help="default: %(default)s")
     add("--max-grad-norm", type=positive, default=1.0, help="clip gradients to this norm (default: %(default)s)")
@@ -441,8 +441,8 @@ def read_config(args: argparse.Namespace) -> ModelConfig:
 
 
 def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
-    """Give each flag that was left out its value. At 7B they are the published ones, but for the layers and their rank.
-    Raises InputError for flags that do not go together or that the model cannot follow."""
+    """Give each flag that was left out its value. At 7B they are the published ones, but for the layers, their rank, and
+    embedding and head. Raises InputError for flags that do not go together or that the model cannot follow."""
     method, lora = METHODS[args.method], args.method == "lora"
 
     def require(condition: object, message: str) -> None:
@@ -462,8 +462,9 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
 
     few, rank = math.ceil(config.n_layers * 5 / 32), config.dim // 16  # the paper's active layers, and their rank
     active = few if args.rank == 0 else math.ceil(config.n_layers * method.active / 32)
-    if args.method == "owlore":  # more layers at a lower rank, in the memory of the paper's
-        rank = rank * few // max(few, args.active or active)
+    more = args.method == "owlore" and args.rank != 0 and (args.active or active) > few
+    if more:  # at a lower rank, in the memory of the paper's
+        rank = rank * few // (args.active or active)
     rank = max(MIN_RANK, config.dim // 128 if lora else rank)
     defaults = {
         "sampling": method.sampling,
@@ -472,7 +473,7 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
         "rank": rank,
         "lora_alpha": 2.0 * (args.rank or rank) if lora else None,
         "threshold": owlore.default_threshold(config.dim),
-        "embeddings": "frozen" if lora else "full",
+        "embeddings": "frozen" if lora else "projected" if more else "full",
         "lr": 3e-4 * (4096 / config.dim) ** 0.75,
         "seq_len": min(512, config.max_seq_len),
         "dtype": "bf16" if args.device.startswith("cuda") else "fp32",

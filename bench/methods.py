@@ -53,6 +53,7 @@ sys.path.insert(0, str(ROOT))
 
 from memory import measure, parse_shape  # noqa: E402
 
+import owlore  # noqa: E402
 import train  # noqa: E402
 from data import InputError, atomic_write, command  # noqa: E402
 from owlore import LayerSampler, ProjectedAdam, is_tall, project, sampling_probabilities  # noqa: E402
@@ -161,6 +162,12 @@ class Warmup(ProjectedAdam):
         super().step()
 
 
+def random_basis(gradient: Tensor, rank: int, svd: str) -> Tensor:
+    """Random directions, not the gradient's leading ones: what LoRA's A has at first (Flora, arXiv 2402.03293)."""
+    generator = torch.Generator(gradient.device).manual_seed(abs(hash(gradient.sum().item())))
+    return torch.linalg.qr(torch.randn(min(gradient.shape), rank, device=gradient.device, generator=generator)).Q
+
+
 FLOOR = 0.5  # of the uniform probability: no layer's falls below
 
 
@@ -179,6 +186,7 @@ CHANGES = {
     "turns": patch.object(train, "LayerSampler", Turns),
     "warmup": patch.object(train, "ProjectedAdam", Warmup),
     "beta2": patch.object(train, "ProjectedAdam", partial(ProjectedAdam, betas=(0.9, 0.95))),
+    "random": patch.object(owlore, "projection_basis", random_basis),
     "floor": patch.object(train, "sampling_probabilities", floored),
 }
 
@@ -499,15 +507,16 @@ layers active draws none, and is GaLore. As published are 5 of 32 layers at rank
 {compare(args, rows, "lora")}"""
 
 
-def many_layers(args: argparse.Namespace, active: int) -> dict:
-    """OwLore with that many layers at a low rank, embedding and head frozen, layers drawn ten times in a run."""
-    low = {"rank": max(1, args.config.dim // 64), "active": active}
+def many_layers(args: argparse.Namespace, active: int | None = None) -> dict:
+    """OwLore with that many layers, by default as many as train.py's, at a low rank, embedding and head frozen, layers
+    drawn ten times in a run."""
+    low = {"rank": max(1, args.config.dim // 64), "active": active or math.ceil(args.config.n_layers * 20 / 32)}
     return {"method": "owlore", "embeddings": "frozen", **low, **redrawn(args, 10)}
 
 
 def draws(args: argparse.Namespace) -> str:
     """Independent draws, or each layer in its turn; moments dropped, or kept."""
-    base = many_layers(args, math.ceil(args.config.n_layers * 20 / 32))
+    base = many_layers(args)
     rows = [search(args, "independent", base)]
     ways = {
         "in turns": ({}, "turns"),
@@ -527,10 +536,11 @@ def projection(args: argparse.Namespace) -> str:
     """All layers at a low rank, with one thing changed at a time."""
     base = many_layers(args, args.config.n_layers)
     rows = [search(args, "all layers", base)]
-    slow = float(f"{0.3 * rows[0].flags['lr'] if rows[0] else 1:.2g}")
+    slow, fast = (float(f"{times * rows[0].flags['lr'] if rows[0] else 1:.2g}") for times in (0.3, 3))
     ways = {"warm-up": ({}, "warmup"), "beta2 0.95": ({}, "beta2"), "new bases every 10 steps": ({"update_gap": 10}, ""),
             "scale 3, norms slower": ({"scale": 3.0, "lr": slow}, ""), "scale 6": ({"scale": 6.0, "lr": slow}, ""),
-            "the gradient's rest too (Fira)": ({}, "fira")}  # fmt: skip
+            "the gradient's rest too (Fira)": ({}, "fira"), "random bases": ({}, "random"),
+            "random bases, three times the rate": ({"lr": fast}, "random")}  # fmt: skip
     for name, (flags, change) in ways.items() if rows[0] else ():
         like = rows[0]._replace(flags=rows[0].flags | {"lr": flags.pop("lr", rows[0].flags["lr"])})
         rows.append(search(args, name, base | flags, change, like=like))
@@ -653,12 +663,12 @@ def embeddings(args: argparse.Namespace) -> str:
     """How embedding and head are trained."""
     ways = {"frozen": ("frozen", ""), "projected": ("projected", ""),
             "at a tenth of the rate": ("full", "tenth"), "at the rate": ("full", "")}  # fmt: skip
-    rows = []
+    rows, owlore_flags = [], many_layers(args)
     for method in ("owlore", "lisa", "full", "galore"):
         for way, (how, change) in ways.items():
-            flags = {"method": method, "embeddings": how, **(redrawn(args, 10) if method == "owlore" else {})}
+            flags = (owlore_flags if method == "owlore" else {"method": method}) | {"embeddings": how}
             rows.append(search(args, f"{method}, {way}", flags, change))
-    return f"""OwLore draws its layers ten times in a run.
+    return f"""OwLore has 20 of 32 layers active at rank dim / 64, and draws them ten times in a run.
 
 {compare(args, rows, "owlore, frozen")}"""
 
