@@ -71,7 +71,6 @@ from owlore import (
 )
 
 torch.set_num_threads(1)  # on tensors this small a second thread only costs
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the processes started here would not hear it either
 
 SHARED = Path(__file__).parent.parent / "shared"
 STORIES = SHARED / "checkpoints" / "stories260K"
@@ -2237,7 +2236,7 @@ def test_every_method_trains_what_it_should(base, checkpoint, tmp_path, method, 
         assert torch.equal(p, q) != trained, name
 
 
-@pytest.mark.parametrize("method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings projected"])
+@pytest.mark.parametrize("method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full"])
 def test_micro_batches_do_not_change_a_run(method, base, tmp_path):
     """Through draws and new bases; rows differ in length, so a mean of means would differ. The rank is one at which the
     gradients' directions are well above fp32's rounding: Adam makes whole steps of what is below it."""
@@ -2264,7 +2263,7 @@ def test_epochs_hold_every_row_once_in_an_order_of_their_own(checkpoint, jsonl):
     assert len(rows) == 120 and rows[:60] != rows[60:] and sorted(rows[:60]) == sorted(rows[60:])
 
 
-PROJECTED = ["owlore --rank 8", "owlore --embeddings projected --rank 8", "galore --rank 8"]
+PROJECTED = ["owlore --rank 8", "owlore --embeddings full --rank 8", "galore --rank 8"]
 
 
 @pytest.mark.parametrize("method", [*PROJECTED, "lisa", "lora --rank 4", "full"])
@@ -2369,7 +2368,7 @@ def test_outlier_chart_command(checkpoint, jsonl):
 def test_embedded_default_learns(tmp_path):
     before, after = (r for r in train_run(f"--steps 66 --eval-every 66 --out {tmp_path / 'run'}") if "val_loss" in r)
     assert after["val_loss"] < before["val_loss"] / 10
-    assert before["val_accuracy"] < 0.35 and after["val_accuracy"] > 0.4  # 120 questions with four answers each
+    assert before["val_accuracy"] < 0.35 and after["val_accuracy"] > 0.45  # 120 questions with four answers each
 
 
 def test_embedded_default_repeats_bit_for_bit(tmp_path):
@@ -2408,6 +2407,7 @@ def cli_process(argv: list[str], output: Path, largest_file: int | None) -> None
     """What a separate process does to run train.py, with what it prints in a file."""
     sys.stdout = sys.stderr = open(output, "w", buffering=1)
     os.dup2(sys.stdout.fileno(), 2)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the fork server has ignored, under nohup
     if largest_file:  # a write beyond it fails as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -2418,6 +2418,14 @@ def cli_process(argv: list[str], output: Path, largest_file: int | None) -> None
 
 SERVER = multiprocessing.get_context("forkserver")  # forks processes that have imported torch, but not yet used it
 SERVER.set_forkserver_preload([__name__, "torch._dynamo"])
+
+
+@pytest.fixture
+def hangups():
+    """SIGHUP as it is by default: under nohup it is ignored, and so it would be by the processes that a test starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def start_cli(
@@ -2518,7 +2526,7 @@ def test_a_failed_save_ends_the_run_and_keeps_the_last_checkpoint(base, tmp_path
     assert_same_run(tmp_path / "a", out)
 
 
-@pytest.mark.parametrize("method", [*train.METHODS, "owlore --embeddings projected"])
+@pytest.mark.parametrize("method", [*train.METHODS, "owlore --embeddings full"])
 def test_a_checkpoint_that_will_not_fit_the_disk_is_refused_before_training(method, base, tmp_path, monkeypatch):
     line, free, usage = f"{base} --steps 3 --method {method} --out", 10**9, shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free))
@@ -2650,7 +2658,7 @@ def test_a_loss_far_above_the_one_before_training_ends_the_run(base, monkeypatch
     assert read_metrics(tmp_path / "run")[-1]["step"] == 17
 
 
-def test_signals_are_noted_once_and_end_the_process_then_but_nohup_is_heard(monkeypatch):
+def test_signals_are_noted_once_and_end_the_process_then_but_nohup_is_heard(hangups, monkeypatch):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     with train.note_signals() as noted:
@@ -2670,7 +2678,7 @@ def command_line(line: str, **kwargs) -> subprocess.Popen:
     return subprocess.Popen(argv, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
 
 
-def test_a_closed_terminal_saves_the_run(base, tmp_path):
+def test_a_closed_terminal_saves_the_run(hangups, base, tmp_path):
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 80, 0, 0))
     out = tmp_path / "run"
@@ -2789,7 +2797,7 @@ def shared_line(base: str, method: str) -> str:
     return f"{base} {rest} {low_rank} --method {method} {sampled}"
 
 
-@pytest.mark.parametrize("method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings projected"])
+@pytest.mark.parametrize("method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full"])
 def test_two_or_three_processes_train_what_one_does(method, base, tmp_path):
     line = shared_line(base, method)
     train_run(f"{line} --out {tmp_path / '1'}")
@@ -2801,8 +2809,7 @@ def test_two_or_three_processes_train_what_one_does(method, base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method",
-    ["owlore --embeddings full", *list(train.METHODS)[1:], "owlore --embeddings projected --micro-batch-size 11"],
+    "method", ["owlore --embeddings full", "lisa", "galore", "lora", "full", "owlore --micro-batch-size 11"]
 )
 def test_weights_in_host_memory_change_nothing(method, base, tmp_path):
     """(Gradients of several micro-batches that FSDP reduces are added up before, not after, they are projected.)"""
