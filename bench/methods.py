@@ -699,7 +699,8 @@ over seeds, which change the order of the data and the layers drawn. Differences
 ± shows nothing. A row's learning rate is the best one on seed 0 and on the same validation data, found for all rows in
 the same way. Memory is the peak of a training step with full rows, every tensor counted by bench/memory.py, blocks
 recomputed (the runs, which have memory enough, do not); in models as small as this most of it is activations. Time is
-the least that a run's training steps took, without scoring, evaluating and saving; other work may have run beside it.
+the least that a run's training steps took (with a ±: the mean), without scoring, evaluating and saving; other work may
+have run beside it.
 
 """
 
