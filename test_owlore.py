@@ -29,6 +29,7 @@ import tempfile
 import termios
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -2243,8 +2244,8 @@ def test_micro_batches_do_not_change_a_run(method, base, tmp_path):
     sampled = "--active 2 --interval 3" if method.startswith(("owlore", "lisa")) else ""
     low_rank = "--rank 4" if "--rank" not in method else ""
     runs = []
-    for size in (16, 1):
-        line = f"{base} --steps 8 --batch-size 16 --update-gap 3 --eval-every 8 {low_rank} --method {method} {sampled}"
+    for size in (8, 1):
+        line = f"{base} --steps 7 --batch-size 8 --update-gap 3 --eval-every 7 {low_rank} --method {method} {sampled}"
         rows = train_run(f"{line} --lr 3e-3 --micro-batch-size {size} --out {tmp_path / str(size)}")
         runs.append((load_model(tmp_path / str(size) / "model").state_dict(), [r["loss"] for r in rows if "loss" in r]))
     np.testing.assert_allclose(runs[0][1], runs[1][1], rtol=1e-5)
@@ -2381,13 +2382,13 @@ def test_embedded_default_repeats_bit_for_bit(tmp_path):
 
 
 def test_bf16_weights_end_where_fp32_ones_do(tmp_path, monkeypatch):
-    """At this learning rate most updates are below bf16's resolution: rounding to nearest loses them, and 20 % of the loss."""
+    """At this learning rate most updates are below bf16's resolution: rounding to nearest loses them, and 14 % of the loss."""
     records = json.loads((TINY / "val.json").read_text())[:20]
     (tmp_path / "val.json").write_text(json.dumps([{**record, "answer": ""} for record in records]))  # no accuracy
 
     def final_loss(name: str, dtype: str) -> float:
         line = f"--ckpt {TINY} --data {TINY / 'train.json'} --val-data {tmp_path / 'val.json'} --out {tmp_path / name}"
-        flags = "--steps 16 --interval 8 --batch-size 6 --eval-every 16 --lr 3e-4"
+        flags = "--steps 12 --interval 6 --batch-size 4 --eval-every 12 --lr 3e-4"
         return train_run(f"{line} {flags} --dtype {dtype}")[-1]["val_loss"]
 
     fp32, bf16 = final_loss("fp32", "fp32"), final_loss("bf16", "bf16")
@@ -2474,11 +2475,13 @@ def test_resuming_continues_bit_for_bit(method, base, tmp_path):
     # in bf16 stochastic rounding draws random numbers; an epoch is 8 steps
     line = f"{base} --batch-size 8 --steps 14 --method {method} --dtype bf16 --micro-batch-size 3 --update-gap 2 --save-every 5"
     line += " --active 1 --interval 3" if method in ("owlore", "lisa") else ""
-    assert start_cli(f"{line} --out {tmp_path / 'a'}")[0] == 0
     out = tmp_path / "b"
-    assert start_cli(f"{line} --out {out}", when=reached(out, 7))[0] == -signal.SIGKILL
-    code, output = start_cli(f"--resume --out {out}")
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(start_cli, f"{line} --out {tmp_path / 'a'}")
+        assert start_cli(f"{line} --out {out}", when=reached(out, 7))[0] == -signal.SIGKILL
+        code, output = start_cli(f"--resume --out {out}")
     assert code == 0, output
+    assert whole.result()[0] == 0
     assert_same_run(tmp_path / "a", out)
 
 
@@ -2501,14 +2504,14 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_if_never_interrupted(base
     assert_same_run(tmp_path / "a", out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_and_says_how_to_go_on(number, base, tmp_path):
+def test_a_signal_saves_and_says_how_to_go_on(base, tmp_path):
     assert start_cli(f"{base} --steps 60 --out {tmp_path / 'a'}")[0] == 0
-    out = tmp_path / "b"
-    code, output = start_cli(f"{base} --steps 60 --out {out}", when=reached(out, 5), number=number)
-    assert code == 128 + number and f"python train.py --resume --out {out}" in output
-    assert start_cli(f"--resume --out {out}")[0] == 0
-    assert_same_run(tmp_path / "a", out)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        out = tmp_path / str(number)
+        code, output = start_cli(f"{base} --steps 60 --out {out}", when=reached(out, 5), number=number)
+        assert code == 128 + number and f"python train.py --resume --out {out}" in output
+        assert start_cli(f"--resume --out {out}")[0] == 0
+        assert_same_run(tmp_path / "a", out)
 
 
 def test_a_failed_save_ends_the_run_and_keeps_the_last_checkpoint(base, tmp_path):
@@ -2550,23 +2553,21 @@ def test_runs_are_saved_by_time(base, tmp_path, monkeypatch):
     assert [len(list((tmp_path / run / "checkpoints").iterdir())) for run in "ab"] == [1, 6]
 
 
-@pytest.mark.parametrize(
-    "file", ["model/consolidated.00.pth", "model/tokenizer.model", "state/state.pt", "checksums.json"]
-)
 @pytest.mark.parametrize("how", ["flipped", "truncated", "gone"])
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_taken(file, how, base, tmp_path):
-    line, out = f"{base} --steps 12 --save-every 4 --dtype bf16 --active 1 --interval 3", tmp_path / "b"
-    train_run(f"{line} --out {tmp_path / 'a'}")
-    shutil.copytree(tmp_path / "a", out, symlinks=True)
-    path = out / "checkpoints/step-0000012" / file
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 3] ^= 64
-    path.unlink()
-    if how != "gone":
-        path.write_bytes(raw if how == "flipped" else raw[: len(raw) // 2])
-    code, text, error = cli(f"--resume --out {out}")
-    assert code == 0 and f"{path.parent}" in text and ": damaged" in text, error
-    assert_same_run(tmp_path / "a", out)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_taken(how, base, tmp_path):
+    train_run(f"{base} --steps 12 --save-every 4 --dtype bf16 --active 1 --interval 3 --out {tmp_path / 'a'}")
+    for file in ("model/consolidated.00.pth", "model/tokenizer.model", "state/state.pt", "checksums.json"):
+        out = tmp_path / Path(file).name
+        shutil.copytree(tmp_path / "a", out, symlinks=True)
+        path = out / "checkpoints/step-0000012" / file
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 3] ^= 64
+        path.unlink()
+        if how != "gone":
+            path.write_bytes(raw if how == "flipped" else raw[: len(raw) // 2])
+        code, text, error = cli(f"--resume --out {out}")
+        assert code == 0 and f"{path.parent}" in text and ": damaged" in text, error
+        assert_same_run(tmp_path / "a", out)
     for path in out.glob("checkpoints/*/state/state.pt"):
         truncate(path, 0.5)
     assert_refused(cli(f"--resume --out {out}"), "every checkpoint is damaged")
@@ -2813,9 +2814,10 @@ def test_two_or_three_processes_train_what_one_does(method, base, tmp_path):
 )
 def test_weights_in_host_memory_change_nothing(method, base, tmp_path):
     """(Gradients of several micro-batches that FSDP reduces are added up before, not after, they are projected.)"""
-    line = f"{shared_line(base, method)} --dtype bf16"
-    for out, offload in (("a", ""), ("b", "--offload")):
-        assert start_cli(f"{line} {offload} --out {tmp_path / out}")[0] == 0
+    line = f"{shared_line(base, method)} --dtype bf16 --out"
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(start_cli, (f"{line} {tmp_path / 'a'}", f"{line} {tmp_path / 'b'} --offload")))
+    assert [code for code, _ in results] == [0, 0], results
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
@@ -2831,17 +2833,18 @@ def test_two_processes_share_other_families_and_both_layouts(family, jsonl, tmp_
     assert_like_runs(tmp_path / "1", tmp_path / "2")
 
 
-@pytest.mark.parametrize("counts", [(2, 2), (2, 1)])
-def test_a_run_that_was_killed_goes_on_with_as_many_processes_or_others(counts, base, tmp_path):
+def test_a_run_that_was_killed_goes_on_with_as_many_processes_or_others(base, tmp_path):
     line = f"{shared_line(base, 'owlore')} --save-every 2"
-    codes, text = start_joined(f"{line} --out {tmp_path / 'a'}", counts[0])
-    assert not any(codes), text
-    out = tmp_path / "b"
-    codes, text = start_joined(f"{line} --out {out}", counts[0], when=reached(out, 5))
-    assert codes == [-signal.SIGKILL] * counts[0], text
-    codes, text = start_joined(f"--resume --out {out}", counts[1])
-    assert not any(codes), text
-    assert_same_run(tmp_path / "a", out) if counts == (2, 2) else assert_like_runs(tmp_path / "a", out)
+    codes, text = start_joined(f"{line} --out {tmp_path / 'a'}", 2)
+    assert codes == [0, 0], text
+    codes, text = start_joined(f"{line} --out {tmp_path / 'b'}", 2, when=reached(tmp_path / "b", 5))
+    assert codes == [-signal.SIGKILL] * 2, text
+    for count, same in ((2, assert_same_run), (1, assert_like_runs)):
+        out = tmp_path / str(count)
+        shutil.copytree(tmp_path / "b", out, symlinks=True)
+        codes, text = start_joined(f"--resume --out {out}", count)
+        assert codes == [0] * count, text
+        same(tmp_path / "a", out)
 
 
 def test_a_signal_to_all_processes_saves_once(base, tmp_path):
