@@ -387,7 +387,7 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--scale", type=positive, default=1.0, help="of the projected update (default: %(default)s)")
     add("--svd", choices=("randomized", "exact"), default="randomized", help="default: %(default)s")
     add("--threshold", type=at_least(1e-12, float, 1000), help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")
-    add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: owlore projected, lora frozen, others full, and so with at most the paper's --active)")
+    add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: owlore and lora frozen, others full, and so owlore with at most the paper's --active)")
     add("--lr", type=positive, help="peak learning rate, falling linearly to zero (default: 3e-4 * (4096 / dim)^0.75, which is 3e-4 for a 7B)")
     add("--weight-decay", type=at_least(0, float), default=0.0, help="default: %(default)s")
     add("--max-grad-norm", type=positive, default=1.0, help="clip gradients to this norm (default: %(default)s)")
@@ -453,7 +453,8 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     for name in unused if not args.resume else ():
         flag = f"--{name.replace('_', '-')}"
         require(getattr(args, name) is None, f"{flag}: --method {args.method} has no use for it; leave it out")
-    if Path(args.ckpt) == TINY and args.data is None:
+    example = Path(args.ckpt) == TINY and args.data is None
+    if example:
         args.data, args.val_data = str(TINY / "train.json"), args.val_data or str(TINY / "val.json")
     require(args.data or args.val_data or not args.eval_only, "--val-data: give the file to evaluate on")
     require(args.data or args.eval_only, "--data: give the file to train on")
@@ -466,6 +467,9 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     if more:  # at a lower rank, in the memory of the paper's
         rank = rank * few // (args.active or active)
     rank = max(MIN_RANK, config.dim // 128 if lora else rank)
+    embeddings = "frozen" if lora or more else "full"
+    if more and example:
+        embeddings = "projected"  # its format is new to its model: see `comment`
     defaults = {
         "sampling": method.sampling,
         "active": method.sampling and active,
@@ -473,7 +477,7 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
         "rank": rank,
         "lora_alpha": 2.0 * (args.rank or rank) if lora else None,
         "threshold": owlore.default_threshold(config.dim),
-        "embeddings": "frozen" if lora else "projected" if more else "full",
+        "embeddings": embeddings,
         "lr": 3e-4 * (4096 / config.dim) ** 0.75,
         "seq_len": min(512, config.max_seq_len),
         "dtype": "bf16" if args.device.startswith("cuda") else "fp32",
@@ -829,8 +833,10 @@ def comment(loss: float, vocab_size: int, args: argparse.Namespace) -> None:
     if not math.isfinite(loss):
         raise InputError(f"{args.ckpt}: the loss before training is {loss}: damaged weights, or not for {args.dtype}")
     if loss > math.log(vocab_size):
+        frozen = args.embeddings == "frozen"
         print(f"before training the loss, {loss:.1f}, is above that of a uniform guess, {math.log(vocab_size):.1f}: the model "
-              "has not met this format yet (for plain text it would mean that the tokenizer is another model's)")  # fmt: skip
+              "has not met this format yet" + ", and may learn it better with --embeddings projected" * frozen +
+              " (for plain text it would mean that the tokenizer is another model's)")  # fmt: skip
 
 
 def describe(result: dict) -> str:

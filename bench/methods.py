@@ -56,6 +56,7 @@ from memory import measure, parse_shape  # noqa: E402
 import owlore  # noqa: E402
 import train  # noqa: E402
 from data import InputError, atomic_write, command  # noqa: E402
+from model import Transformer  # noqa: E402
 from owlore import LayerSampler, ProjectedAdam, is_tall, project, sampling_probabilities  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
@@ -90,18 +91,22 @@ class ResetMoments(ProjectedAdam):
 class SlowEmbeddings(ProjectedAdam):
     """Embedding and head are trained at a tenth of the learning rate."""
 
-    def __init__(self, params: list[dict], *args, **kwargs):
-        groups = []
-        for group in params:
-            wide = [p for p in group["params"] if p.dim() == 2 and "rank" not in group]
-            others = [p for p in group["params"] if all(p is not w for w in wide)]
-            groups += [group | {"params": others}] + [group | {"params": wide, "slower": 10}] * bool(wide)
-        super().__init__(groups, *args, **kwargs)
-
     def step(self) -> None:
         for group in self.param_groups:
             group["lr"] /= group.get("slower", 1)  # train.py sets it anew for each step
         super().step()
+
+
+def slow_embeddings(model: Transformer, args: argparse.Namespace, build: Callable = train.build_optimizer):
+    """train.py's optimizer, with embedding and head in a group of their own."""
+    with patch.object(train, "ProjectedAdam", SlowEmbeddings):
+        optimizer = build(model, args)
+    ends = {id(model.tok_embeddings.weight), id(model.output.weight)}
+    for group in list(optimizer.param_groups):
+        slow = [p for p in group["params"] if id(p) in ends]
+        group["params"] = [p for p in group["params"] if id(p) not in ends]
+        optimizer.param_groups += [group | {"params": slow, "slower": 10}] * bool(slow)
+    return optimizer
 
 
 class Fira(ProjectedAdam):
@@ -181,7 +186,7 @@ CHANGES = {
     "keep": patch.object(train, "ProjectedAdam", KeepMoments),
     "reset": patch.object(train, "ProjectedAdam", ResetMoments),
     "fira": patch.object(train, "ProjectedAdam", Fira),
-    "tenth": patch.object(train, "ProjectedAdam", SlowEmbeddings),
+    "tenth": patch.object(train, "build_optimizer", slow_embeddings),
     "parked": patch.object(train, "ProjectedAdam", Parked),
     "turns": patch.object(train, "LayerSampler", Turns),
     "warmup": patch.object(train, "ProjectedAdam", Warmup),
@@ -414,7 +419,7 @@ def compare(args: argparse.Namespace, rows: list[Row], name: str) -> str:
     before = {"": "before fine-tuning", "loss": spread(reference.values("loss", 0), len(reference.runs))}
     if reference.runs[0]["accuracy"][0] is not None:
         before["accuracy, %"] = spread(100 * reference.values("accuracy", 0), len(reference.runs), ".1f")
-    lacking = f"\n\nNot finished: {', '.join(args.missing)}." if args.missing else ""
+    lacking = f"\n\nNot finished: {'; '.join(args.missing)}." if args.missing else ""
     return table([before, *(cells(args, row, reference) for row in rows)]) + lacking
 
 
@@ -662,6 +667,7 @@ def chart(args: argparse.Namespace, rows: list[Row], timed: list[Row]) -> str:
 def embeddings(args: argparse.Namespace) -> str:
     """How embedding and head are trained."""
     ways = {"frozen": ("frozen", ""), "projected": ("projected", ""),
+            "projected, at a tenth of the rate": ("projected", "tenth"),
             "at a tenth of the rate": ("full", "tenth"), "at the rate": ("full", "")}  # fmt: skip
     rows, owlore_flags = [], many_layers(args)
     for method in ("owlore", "lisa", "full", "galore"):
@@ -729,8 +735,12 @@ def overview(name: str, sections: dict[str, str]) -> dict[str, str]:
             tasks[heading.split(", ")[1]] = {row[0]: dict(zip(columns, row)) for row in rows}
     if len(tasks) < 2:
         return {}
-    lines = []
-    for row in dict.fromkeys(row for rows in tasks.values() for row in rows):
+    lines, order = [], []
+    for rows in tasks.values():
+        for before, row in zip([None, *rows], rows):  # a row that only some tasks have stands where it does there
+            if row not in order:
+                order.insert(order.index(before) + 1 if before else 0, row)
+    for row in order:
         cells = {task: rows.get(row, {}) for task, rows in tasks.items()}
         losses = {task: cell.get("minus that of lora") or cell.get("loss", "") for task, cell in cells.items()}
         kept = {key: dict.fromkeys(cell[key] for cell in cells.values() if cell) for key in KEPT}
