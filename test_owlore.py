@@ -2167,35 +2167,36 @@ def settings_of(*flags) -> train.argparse.Namespace:
 
 
 @pytest.mark.parametrize(
-    "n_layers, dim, flags, active, rank, embeddings",
+    "n_layers, dim, flags, active, rank, embeddings, ratio",
     [
-        (32, 4096, "", 20, 64, "frozen"),
-        (32, 4096, "--active 5", 5, 256, "full"),
-        (32, 4096, "--active 6", 6, 213, "frozen"),
-        (32, 4096, "--active 2", 2, 256, "full"),
-        (32, 4096, "--embeddings projected", 20, 64, "projected"),
-        (32, 4096, "--embeddings full", 20, 64, "full"),
-        (32, 4096, "--rank 0", 5, 0, "full"),
-        (32, 4096, "--rank 0 --active 20", 20, 0, "full"),
-        (32, 4096, "--rank 16 --active 9", 9, 16, "frozen"),
-        (30, 576, "", 19, 9, "frozen"),
-        (30, 576, "--active 5", 5, 36, "full"),
-        (40, 5120, "--active 7", 7, 320, "full"),
-        (8, 128, "", 5, 8, "frozen"),
-        (1, 64, "", 1, 8, "full"),
-        (32, 4096, "--method lisa", 2, 256, "full"),
-        (8, 128, "--method lisa", 1, 8, "full"),
-        (32, 4096, "--method galore", None, 256, "full"),
-        (8, 128, "--method lora", None, 8, "frozen"),
-        (32, 4096, "--method lora --rank 64", None, 64, "frozen"),
+        (32, 4096, "", 20, 64, "projected", 0.1),
+        (32, 4096, "--active 5", 5, 256, "full", 1),
+        (32, 4096, "--active 6", 6, 213, "projected", 0.1),
+        (32, 4096, "--active 2", 2, 256, "full", 1),
+        (32, 4096, "--embeddings full", 20, 64, "full", 0.1),
+        (32, 4096, "--embeddings-lr-ratio 1", 20, 64, "projected", 1),
+        (32, 4096, "--rank 0", 5, 0, "full", 1),
+        (32, 4096, "--rank 0 --active 20", 20, 0, "full", 1),
+        (32, 4096, "--rank 16 --active 9", 9, 16, "projected", 0.1),
+        (30, 576, "", 19, 9, "projected", 0.1),
+        (30, 576, "--active 5", 5, 36, "full", 1),
+        (40, 5120, "--active 7", 7, 320, "full", 1),
+        (8, 128, "", 5, 8, "projected", 0.1),
+        (1, 64, "", 1, 8, "full", 1),
+        (32, 4096, "--method lisa", 2, 256, "full", 1),
+        (8, 128, "--method lisa", 1, 8, "full", 1),
+        (32, 4096, "--method galore", None, 256, "full", 1),
+        (32, 4096, "--method galore --embeddings projected", None, 256, "projected", 1),
+        (8, 128, "--method lora", None, 8, "frozen", 1),
+        (32, 4096, "--method lora --rank 64", None, 64, "frozen", 1),
     ],
 )
 def test_defaults_follow_the_model_and_are_the_papers_with_its_active_layers(
-    n_layers, dim, flags, active, rank, embeddings
+    n_layers, dim, flags, active, rank, embeddings, ratio
 ):
     args = train.flag_parser().parse_args([*flags.split(), "--data", "x"])
     args = train.decide_settings(args, ModelConfig(dim=dim, n_layers=n_layers, n_heads=8, vocab_size=32))
-    assert (args.active, args.rank, args.embeddings) == (active, rank, embeddings)
+    assert (args.active, args.rank, args.embeddings, args.embeddings_lr_ratio) == (active, rank, embeddings, ratio)
     if dim == 4096:
         assert (args.lr, args.threshold, args.seq_len, args.batch_size, args.update_gap) == (3e-4, 13, 512, 16, 100)
         assert args.interval == {"owlore": 50, "lisa": 3}.get(args.method)
@@ -2239,7 +2240,7 @@ def test_every_method_trains_what_it_should(base, checkpoint, tmp_path, method, 
 
 
 @pytest.mark.parametrize(
-    "method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full", "owlore --embeddings projected"]
+    "method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full", "owlore --embeddings frozen"]
 )
 def test_micro_batches_do_not_change_a_run(method, base, tmp_path):
     """Through draws and new bases; rows differ in length, so a mean of means would differ. The rank is one at which the
@@ -2267,7 +2268,7 @@ def test_epochs_hold_every_row_once_in_an_order_of_their_own(checkpoint, jsonl):
     assert len(rows) == 120 and rows[:60] != rows[60:] and sorted(rows[:60]) == sorted(rows[60:])
 
 
-PROJECTED = ["owlore --embeddings projected --rank 8", "owlore --embeddings full --rank 8", "galore --rank 8"]
+PROJECTED = ["owlore --rank 8", "owlore --embeddings full --rank 8", "galore --rank 8"]
 
 
 @pytest.mark.parametrize("method", [*PROJECTED, "lisa", "lora --rank 4", "full"])
@@ -2375,12 +2376,28 @@ def test_embedded_default_learns(tmp_path):
     assert before["val_accuracy"] < 0.35 and after["val_accuracy"] > 0.45  # 120 questions with four answers each
 
 
-def test_the_embedded_example_alone_trains_its_embeddings_in_a_low_rank():
-    """Its format is new to its model. Other methods have their own default."""
+def test_the_embedded_example_alone_trains_its_embeddings_at_the_whole_rate():
+    """Its format is new to its model."""
     config = read_checkpoint(TINY)[0]
-    for flags, how in (("", "projected"), (f"--data {TINY / 'train.json'}", "frozen"), ("--method lora", "frozen"),
-                       ("--method lisa", "full"), ("--embeddings frozen", "frozen"), ("--active 2", "full")):  # fmt: skip
-        assert train.decide_settings(train.flag_parser().parse_args(flags.split()), config).embeddings == how
+    for flags, ratio in (("", 1), (f"--data {TINY / 'train.json'}", 0.1), ("--embeddings-lr-ratio 0.5", 0.5)):
+        args = train.decide_settings(train.flag_parser().parse_args(flags.split()), config)
+        assert args.embeddings == "projected" and args.embeddings_lr_ratio == ratio
+
+
+@pytest.mark.parametrize("how", ["full", "projected"])
+def test_embedding_and_head_learn_at_a_rate_of_their_own(how, base, checkpoint, tmp_path):
+    """Adam's first step is as long as the learning rate, whatever the gradient."""
+    moves = []
+    for ratio in (1, 0.25):
+        train_run(f"{base} --steps 1 --embeddings {how} --embeddings-lr-ratio {ratio} --out {tmp_path / str(ratio)}")
+        tuned, source = load_model(tmp_path / str(ratio) / "model"), load_model(checkpoint)
+        moves.append({name: p - source.get_parameter(name) for name, p in tuned.named_parameters()})
+    for name, move in moves[0].items():
+        ends = name in ("tok_embeddings.weight", "output.weight")
+        torch.testing.assert_close(
+            moves[1][name], (0.25 if ends else 1) * move, rtol=0, atol=1e-6
+        )  # weights are about 1
+        assert not ends or move.abs().max() > 1e-3
 
 
 def test_embedded_default_repeats_bit_for_bit(tmp_path):
@@ -2625,14 +2642,20 @@ def test_a_finished_run_can_be_extended(base, tmp_path):
 
 @pytest.mark.parametrize("method", ["owlore", "full", "lora"])
 def test_a_run_of_before_a_flag_was_added_has_its_default(method, base, tmp_path):
-    line = f"{base} --steps 6 --method {method}"
+    line = f"{base} --steps 6 --method {method} --embeddings-lr-ratio 1"
     train_run(f"{line} --out {tmp_path / 'a'}")
     out = tmp_path / "b"
     start_cli(f"{line} --save-every 3 --out {out}", when=reached(out, 4))
     saved = json.loads((out / "args.json").read_text())
-    for name in ("pack", "offload", "keep", "threshold", "scale", "save_every"):
+    for name in ("pack", "offload", "keep", "threshold", "scale", "save_every", "embeddings_lr_ratio"):
         del saved[name]
     (out / "args.json").write_text(json.dumps(saved | {"lora_alpha": 2.0 * saved["rank"]}))  # as it was saved once
+    (path,) = out.glob("checkpoints/*/state/state.pt")
+    state = torch.load(path, weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        del group["lr_ratio"]
+    torch.save(state, path)
+    (path.parent.parent / "checksums.json").unlink()
     code, _, error = cli(f"--resume --out {out}")
     assert code == 0, error
     assert_same_run(tmp_path / "a", out)
@@ -2810,7 +2833,7 @@ def shared_line(base: str, method: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full", "owlore --embeddings projected"]
+    "method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full", "owlore --embeddings frozen"]
 )
 def test_two_or_three_processes_train_what_one_does(method, base, tmp_path):
     line = shared_line(base, method)
@@ -2830,7 +2853,7 @@ def test_two_or_three_processes_train_what_one_does(method, base, tmp_path):
         "galore",
         "lora",
         "full",
-        "owlore --embeddings projected --micro-batch-size 11",
+        "owlore --micro-batch-size 11",
     ],
 )
 def test_weights_in_host_memory_change_nothing(method, base, tmp_path):
@@ -2892,7 +2915,7 @@ LLAMA3_8B = dict(vocab_size=128256, n_kv_heads=8, hidden_dim=14336, rope_theta=5
         ({}, 80, "", (False, False, 16)),
         ({}, 24, "", (False, True, 16)),
         ({}, 17, "", (False, True, 8)),
-        ({}, 17, "--embeddings projected", (False, True, 8)),
+        ({}, 17, "--embeddings frozen", (False, True, 8)),
         ({}, 17, "--embeddings full", (False, True, 2)),
         ({}, 16.8, "--embeddings full --batch-size 11", (False, True, 1)),  # 11, 6, 3, 2, 1
         ({}, 12, "", (True, True, 16)),
@@ -3160,7 +3183,7 @@ def test_numbers_out_of_range_are_refused_in_every_command(name, checkpoint, jso
     monkeypatch.chdir(tmp_path)
     flags = re.findall(r"(--[\w-]+) [A-Z_]{2,}\b", cli("--help", COMMANDS[name])[1])
     words = {"--ckpt", "--data", "--val-data", "--out", "--prompt", "--device", "--export"}
-    assert len(numbers := set(flags) - words) == {"train": 19, "owlore": 1, "model": 4}[name]
+    assert len(numbers := set(flags) - words) == {"train": 20, "owlore": 1, "model": 4}[name]
     line = f"--ckpt {checkpoint}" + f" --data {jsonl}" * (name != "model")
     for flag in sorted(numbers):
         for value in ("nan", "inf", "-1", "1" + "0" * 20, "many", "9999" if flag == "--threshold" else "-0.5"):
@@ -3197,10 +3220,12 @@ def test_the_progress_line_fits_80_columns(base, monkeypatch, tmp_path):
 
 
 def test_a_high_loss_before_training_is_explained(base, monkeypatch, tmp_path, capsys):
-    for loss, how, says in ((6.3, "frozen", 2), (6.3, "full", 1), (6.3, "projected", 1), (6.2, "frozen", 0)):
-        train.comment(loss, 512, settings_of("--embeddings", how))  # a uniform guess: ln 512 = 6.24
-        text = capsys.readouterr().out
-        assert ("uniform guess" in text) + ("--embeddings projected" in text) == says
+    ways = {"--embeddings frozen": 2, "--embeddings full": 2, "": 2, "--embeddings-lr-ratio 1": 1, "--method galore": 1}
+    for flags, says in ways.items():
+        for loss, high in ((6.3, 1), (6.2, 0)):  # a uniform guess: ln 512 = 6.24
+            train.comment(loss, 512, settings_of(*flags.split()))
+            text = capsys.readouterr().out
+            assert ("uniform guess" in text) + ("--embeddings-lr-ratio 1" in text) == says * high
     monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": math.nan})
     assert_refused(cli(f"{base} --steps 1 --out {tmp_path / 'b'}"), "loss before training")
 

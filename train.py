@@ -117,8 +117,9 @@ def run(args: argparse.Namespace) -> None:
             began = time.perf_counter()
             if sampler and step % args.interval == 0:
                 sampler.resample()
+            lr = args.lr * (1 - step / steps)  # linear to zero
             for group in optimizer.param_groups:
-                group["lr"] = lr = args.lr * (1 - step / steps)  # linear to zero
+                group["lr"] = lr * group.get("lr_ratio", 1)
             batches, tokens = step_batches(data, args, step)
             loss, norm = training_step(model, optimizer, batches, args.max_grad_norm)
             step += 1
@@ -196,9 +197,14 @@ def step_batches(data: Dataset, args: argparse.Namespace, step: int) -> tuple[li
 # Who is trained, and how
 
 
+def is_end(name: str, parameter: Tensor) -> bool:
+    """Whether it is the embedding or the head."""
+    return parameter.dim() == 2 and not name.startswith("layers.")
+
+
 def how_trained(name: str, parameter: Tensor, args: argparse.Namespace) -> str:
     """How a parameter is trained while its layer is active: "projected", "plain" or "frozen"."""
-    if parameter.dim() == 2 and not name.startswith("layers."):  # embedding and head
+    if is_end(name, parameter):
         return {"full": "plain"}.get(args.embeddings, args.embeddings)
     if args.method == "lora":
         return "plain" if name.endswith((".A", ".B")) else "frozen"
@@ -206,14 +212,18 @@ def how_trained(name: str, parameter: Tensor, args: argparse.Namespace) -> str:
 
 
 def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAdam:
-    """One group of projected parameters, one of plain ones; the others are frozen."""
-    projected = {"rank": args.rank, "update_gap": args.update_gap, "scale": args.scale}
-    groups = {"plain": {}, "frozen": {}, "projected": projected}
+    """A group of projected parameters and one of plain ones, and others of embedding and head if these learn at a rate
+    of their own. What is left is frozen."""
+    settings = {"plain": {}, "projected": {"rank": args.rank, "update_gap": args.update_gap, "scale": args.scale}}
+    groups = {}
     for name, parameter in model.named_parameters():
         kind = how_trained(name, parameter, args)
         parameter.requires_grad_(kind != "frozen")
-        groups[kind].setdefault("params", []).append(parameter)
-    used = [group for kind, group in groups.items() if kind != "frozen" and "params" in group]
+        if kind != "frozen":
+            ratio = args.embeddings_lr_ratio if is_end(name, parameter) else 1.0
+            new = {"params": [], "lr_ratio": ratio, **settings[kind]}
+            groups.setdefault((kind, ratio), new)["params"].append(parameter)
+    used = [groups[key] for key in sorted(groups)]
     optimizer = ProjectedAdam(used, args.lr, weight_decay=args.weight_decay, svd=args.svd, in_backward=True)
     owlore.take_factors(model, optimizer)
     return optimizer
@@ -387,7 +397,8 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--scale", type=positive, default=1.0, help="of the projected update (default: %(default)s)")
     add("--svd", choices=("randomized", "exact"), default="randomized", help="default: %(default)s")
     add("--threshold", type=at_least(1e-12, float, 1000), help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")
-    add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: owlore and lora frozen, others full, and so owlore with at most the paper's --active)")
+    add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: owlore projected, lora frozen, others full, and so owlore with at most the paper's --active)")
+    add("--embeddings-lr-ratio", type=positive, help="their learning rate, times --lr (default: where they are projected by default 0.1, but in the embedded example; else 1)")
     add("--lr", type=positive, help="peak learning rate, falling linearly to zero (default: 3e-4 * (4096 / dim)^0.75, which is 3e-4 for a 7B)")
     add("--weight-decay", type=at_least(0, float), default=0.0, help="default: %(default)s")
     add("--max-grad-norm", type=positive, default=1.0, help="clip gradients to this norm (default: %(default)s)")
@@ -421,8 +432,8 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
         if unknown or not saved.keys() > {"ckpt", "data", "lr"}:
             problem = f"has unknown settings, {', '.join(sorted(unknown))}" if unknown else "damaged"
             raise InputError(f"{file}: {problem}; the checkpoints beside it are still usable")
-        begun_with = argparse.Namespace(**saved | {"resume": True, "out": args.out})
-        args = parser.parse_args(namespace=begun_with)  # which flags that are given override
+        begun_with = {"embeddings_lr_ratio": 1.0} | saved | {"resume": True, "out": args.out}  # as before that flag
+        args = parser.parse_args(namespace=argparse.Namespace(**begun_with))  # which flags that are given override
         for name in saved.keys() - MAY_CHANGE - {"ckpt" if args.method != "lora" else ""}:  # lora goes on from --ckpt
             if getattr(args, name) != saved[name]:
                 flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
@@ -467,9 +478,6 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     if more:  # at a lower rank, in the memory of the paper's
         rank = rank * few // (args.active or active)
     rank = max(MIN_RANK, config.dim // 128 if lora else rank)
-    embeddings = "frozen" if lora or more else "full"
-    if more and example:
-        embeddings = "projected"  # its format is new to its model: see `comment`
     defaults = {
         "sampling": method.sampling,
         "active": method.sampling and active,
@@ -477,7 +485,8 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
         "rank": rank,
         "lora_alpha": 2.0 * (args.rank or rank) if lora else None,
         "threshold": owlore.default_threshold(config.dim),
-        "embeddings": embeddings,
+        "embeddings": "frozen" if lora else "projected" if more else "full",
+        "embeddings_lr_ratio": 0.1 if more and not example else 1.0,  # the example's format is new: see `comment`
         "lr": 3e-4 * (4096 / config.dim) ** 0.75,
         "seq_len": min(512, config.max_seq_len),
         "dtype": "bf16" if args.device.startswith("cuda") else "fp32",
@@ -833,10 +842,10 @@ def comment(loss: float, vocab_size: int, args: argparse.Namespace) -> None:
     if not math.isfinite(loss):
         raise InputError(f"{args.ckpt}: the loss before training is {loss}: damaged weights, or not for {args.dtype}")
     if loss > math.log(vocab_size):
-        frozen = args.embeddings == "frozen"
+        slow = args.embeddings == "frozen" or args.embeddings_lr_ratio < 1
+        how = ", and may learn it better with --embeddings projected --embeddings-lr-ratio 1" * slow
         print(f"before training the loss, {loss:.1f}, is above that of a uniform guess, {math.log(vocab_size):.1f}: the model "
-              "has not met this format yet" + ", and may learn it better with --embeddings projected" * frozen +
-              " (for plain text it would mean that the tokenizer is another model's)")  # fmt: skip
+              f"has not met this format yet{how} (for plain text it would mean that the tokenizer is another model's)")  # fmt: skip
 
 
 def describe(result: dict) -> str:

@@ -56,7 +56,6 @@ from memory import measure, parse_shape  # noqa: E402
 import owlore  # noqa: E402
 import train  # noqa: E402
 from data import InputError, atomic_write, command  # noqa: E402
-from model import Transformer  # noqa: E402
 from owlore import LayerSampler, ProjectedAdam, is_tall, project, sampling_probabilities  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
@@ -86,27 +85,6 @@ class ResetMoments(ProjectedAdam):
         for key in ("exp_avg", "exp_avg_sq", "step") if due else ():
             self.state[p].pop(key, None)
         return R
-
-
-class SlowEmbeddings(ProjectedAdam):
-    """Embedding and head are trained at a tenth of the learning rate."""
-
-    def step(self) -> None:
-        for group in self.param_groups:
-            group["lr"] /= group.get("slower", 1)  # train.py sets it anew for each step
-        super().step()
-
-
-def slow_embeddings(model: Transformer, args: argparse.Namespace, build: Callable = train.build_optimizer):
-    """train.py's optimizer, with embedding and head in a group of their own."""
-    with patch.object(train, "ProjectedAdam", SlowEmbeddings):
-        optimizer = build(model, args)
-    ends = {id(model.tok_embeddings.weight), id(model.output.weight)}
-    for group in list(optimizer.param_groups):
-        slow = [p for p in group["params"] if id(p) in ends]
-        group["params"] = [p for p in group["params"] if id(p) not in ends]
-        optimizer.param_groups += [group | {"params": slow, "slower": 10}] * bool(slow)
-    return optimizer
 
 
 class Fira(ProjectedAdam):
@@ -186,7 +164,6 @@ CHANGES = {
     "keep": patch.object(train, "ProjectedAdam", KeepMoments),
     "reset": patch.object(train, "ProjectedAdam", ResetMoments),
     "fira": patch.object(train, "ProjectedAdam", Fira),
-    "tenth": patch.object(train, "build_optimizer", slow_embeddings),
     "parked": patch.object(train, "ProjectedAdam", Parked),
     "turns": patch.object(train, "LayerSampler", Turns),
     "warmup": patch.object(train, "ProjectedAdam", Warmup),
@@ -207,7 +184,8 @@ def complete(args: argparse.Namespace, flags: dict) -> dict:
         return flags
     active, rank = math.ceil(args.config.n_layers * 5 / 32), args.config.dim // 16
     known = {"sampling": "outlier", "active": min(max(4, active), args.config.n_layers), "interval": 50}
-    return known | {"rank": max(32, rank), "update_gap": 100, "embeddings": "full"} | flags
+    known |= {"rank": max(32, rank), "update_gap": 100, "embeddings": "full"} | flags
+    return known if known["embeddings"] == "frozen" else {"embeddings_lr_ratio": 1.0} | known
 
 
 class Unfinished(Exception):
@@ -666,14 +644,18 @@ def chart(args: argparse.Namespace, rows: list[Row], timed: list[Row]) -> str:
 
 def embeddings(args: argparse.Namespace) -> str:
     """How embedding and head are trained."""
-    ways = {"frozen": ("frozen", ""), "projected": ("projected", ""),
-            "projected, at a tenth of the rate": ("projected", "tenth"),
-            "at a tenth of the rate": ("full", "tenth"), "at the rate": ("full", "")}  # fmt: skip
+    ways = {
+        "frozen": {"embeddings": "frozen"},
+        "projected, at a tenth of the rate": {"embeddings": "projected", "embeddings_lr_ratio": 0.1},
+        "projected, at the rate": {"embeddings": "projected"},
+        "full, at a tenth of the rate": {"embeddings": "full", "embeddings_lr_ratio": 0.1},
+        "full, at the rate": {"embeddings": "full"},
+    }
     rows, owlore_flags = [], many_layers(args)
     for method in ("owlore", "lisa", "full", "galore"):
-        for way, (how, change) in ways.items():
-            flags = (owlore_flags if method == "owlore" else {"method": method}) | {"embeddings": how}
-            rows.append(search(args, f"{method}, {way}", flags, change))
+        for way, flags in ways.items():
+            base = owlore_flags if method == "owlore" else {"method": method}
+            rows.append(search(args, f"{method}, {way}", base | flags))
     return f"""OwLore has 20 of 32 layers active at rank dim / 64, and draws them ten times in a run.
 
 {compare(args, rows, "owlore, frozen")}"""
