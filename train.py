@@ -398,7 +398,7 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--svd", choices=("randomized", "exact"), default="randomized", help="default: %(default)s")
     add("--threshold", type=at_least(1e-12, float, 1000), help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")
     add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: owlore projected, lora frozen, others full, and so owlore with at most the paper's --active)")
-    add("--embeddings-lr-ratio", type=positive, help="their learning rate, times --lr (default: where they are projected by default 0.1, but in the embedded example; else 1)")
+    add("--embeddings-lr-ratio", type=positive, help="their learning rate, times --lr (default: owlore 0.1, others 1, and so owlore with at most the paper's --active, and the embedded example)")
     add("--lr", type=positive, help="peak learning rate, falling linearly to zero (default: 3e-4 * (4096 / dim)^0.75, which is 3e-4 for a 7B)")
     add("--weight-decay", type=at_least(0, float), default=0.0, help="default: %(default)s")
     add("--max-grad-norm", type=positive, default=1.0, help="clip gradients to this norm (default: %(default)s)")
