@@ -2656,6 +2656,7 @@ def test_a_run_of_before_a_flag_was_added_has_its_default(method, base, tmp_path
         del group["lr_ratio"]
     torch.save(state, path)
     (path.parent.parent / "checksums.json").unlink()
+    assert_refused(cli(f"--resume --out {out} --embeddings-lr-ratio 0.5"), "--embeddings-lr-ratio 0.5: the run")
     code, _, error = cli(f"--resume --out {out}")
     assert code == 0, error
     assert_same_run(tmp_path / "a", out)

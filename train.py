@@ -427,13 +427,13 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     file = Path(args.out or "") / "args.json"
     if args.resume and args.out and file.exists():
-        saved = read_json(file)
+        saved = {"embeddings_lr_ratio": 1.0} | read_json(file)  # of runs older than that flag
         unknown = saved.keys() - vars(args).keys()
         if unknown or not saved.keys() > {"ckpt", "data", "lr"}:
             problem = f"has unknown settings, {', '.join(sorted(unknown))}" if unknown else "damaged"
             raise InputError(f"{file}: {problem}; the checkpoints beside it are still usable")
-        begun_with = {"embeddings_lr_ratio": 1.0} | saved | {"resume": True, "out": args.out}  # as before that flag
-        args = parser.parse_args(namespace=argparse.Namespace(**begun_with))  # which flags that are given override
+        begun_with = argparse.Namespace(**saved | {"resume": True, "out": args.out})
+        args = parser.parse_args(namespace=begun_with)  # which flags that are given override
         for name in saved.keys() - MAY_CHANGE - {"ckpt" if args.method != "lora" else ""}:  # lora goes on from --ckpt
             if getattr(args, name) != saved[name]:
                 flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
