@@ -2642,20 +2642,20 @@ def test_a_finished_run_can_be_extended(base, tmp_path):
 
 @pytest.mark.parametrize("method", ["owlore", "full", "lora"])
 def test_a_run_of_before_a_flag_was_added_has_its_default(method, base, tmp_path):
-    line = f"{base} --steps 6 --method {method} --embeddings-lr-ratio 1"
+    line = f"{base} --steps 12 --method {method} --embeddings-lr-ratio 1"
     train_run(f"{line} --out {tmp_path / 'a'}")
     out = tmp_path / "b"
-    start_cli(f"{line} --save-every 3 --out {out}", when=reached(out, 4))
+    assert start_cli(f"{line} --save-every 3 --out {out}", when=reached(out, 4))[0] == -signal.SIGKILL
     saved = json.loads((out / "args.json").read_text())
     for name in ("pack", "offload", "keep", "threshold", "scale", "save_every", "embeddings_lr_ratio"):
         del saved[name]
     (out / "args.json").write_text(json.dumps(saved | {"lora_alpha": 2.0 * saved["rank"]}))  # as it was saved once
-    (path,) = out.glob("checkpoints/*/state/state.pt")
-    state = torch.load(path, weights_only=True)
-    for group in state["optimizer"]["param_groups"]:
-        del group["lr_ratio"]
-    torch.save(state, path)
-    (path.parent.parent / "checksums.json").unlink()
+    for path in out.glob("checkpoints/*/state/state.pt"):
+        state = torch.load(path, weights_only=True)
+        for group in state["optimizer"]["param_groups"]:
+            del group["lr_ratio"]
+        torch.save(state, path)
+        (path.parent.parent / "checksums.json").unlink()
     assert_refused(cli(f"--resume --out {out} --embeddings-lr-ratio 0.5"), "--embeddings-lr-ratio 0.5: the run")
     code, _, error = cli(f"--resume --out {out}")
     assert code == 0, error
@@ -3221,12 +3221,21 @@ def test_the_progress_line_fits_80_columns(base, monkeypatch, tmp_path):
 
 
 def test_a_high_loss_before_training_is_explained(base, monkeypatch, tmp_path, capsys):
-    ways = {"--embeddings frozen": 2, "--embeddings full": 2, "": 2, "--embeddings-lr-ratio 1": 1, "--method galore": 1}
+    ways = {
+        "--embeddings frozen": "--embeddings projected --embeddings-lr-ratio 1",
+        "--embeddings full": "--embeddings-lr-ratio 1",
+        "--rank 0 --embeddings frozen": "--embeddings full",
+        "--method lora": "--embeddings projected",
+        "--embeddings-lr-ratio 1": "",
+        "--method galore": "",
+    }
     for flags, says in ways.items():
-        for loss, high in ((6.3, 1), (6.2, 0)):  # a uniform guess: ln 512 = 6.24
+        for loss, high in ((6.3, True), (6.2, False)):  # a uniform guess: ln 512 = 6.24
             train.comment(loss, 512, settings_of(*flags.split()))
             text = capsys.readouterr().out
-            assert ("uniform guess" in text) + ("--embeddings-lr-ratio 1" in text) == says * high
+            assert ("uniform guess" in text) == high
+            assert (re.findall(r"better with (.*) \(", text) == [says]) == bool(high and says)
+        settings_of(*flags.split(), *says.split())  # is not refused
     monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": math.nan})
     assert_refused(cli(f"{base} --steps 1 --out {tmp_path / 'b'}"), "loss before training")
 

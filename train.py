@@ -397,8 +397,8 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--scale", type=positive, default=1.0, help="of the projected update (default: %(default)s)")
     add("--svd", choices=("randomized", "exact"), default="randomized", help="default: %(default)s")
     add("--threshold", type=at_least(1e-12, float, 1000), help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")
-    add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: owlore projected, lora frozen, others full, and so owlore with at most the paper's --active)")
-    add("--embeddings-lr-ratio", type=positive, help="their learning rate, times --lr (default: owlore 0.1, others 1, and so owlore with at most the paper's --active, and the embedded example)")
+    add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: owlore projected, lora frozen, others full, and so owlore with --rank 0 or at most the paper's --active)")
+    add("--embeddings-lr-ratio", type=positive, help="their learning rate, times --lr (default: owlore 0.1, others 1, and so owlore with --rank 0 or at most the paper's --active, and the embedded example)")
     add("--lr", type=positive, help="peak learning rate, falling linearly to zero (default: 3e-4 * (4096 / dim)^0.75, which is 3e-4 for a 7B)")
     add("--weight-decay", type=at_least(0, float), default=0.0, help="default: %(default)s")
     add("--max-grad-norm", type=positive, default=1.0, help="clip gradients to this norm (default: %(default)s)")
@@ -842,8 +842,9 @@ def comment(loss: float, vocab_size: int, args: argparse.Namespace) -> None:
     if not math.isfinite(loss):
         raise InputError(f"{args.ckpt}: the loss before training is {loss}: damaged weights, or not for {args.dtype}")
     if loss > math.log(vocab_size):
-        slow = args.embeddings == "frozen" or args.embeddings_lr_ratio < 1
-        how = ", and may learn it better with --embeddings projected --embeddings-lr-ratio 1" * slow
+        ways = [f"--embeddings {'projected' if args.rank else 'full'}"] * (args.embeddings == "frozen")
+        ways += ["--embeddings-lr-ratio 1"] * (args.embeddings_lr_ratio < 1)
+        how = f", and may learn it better with {' '.join(ways)}" if ways else ""
         print(f"before training the loss, {loss:.1f}, is above that of a uniform guess, {math.log(vocab_size):.1f}: the model "
               f"has not met this format yet{how} (for plain text it would mean that the tokenizer is another model's)")  # fmt: skip
 

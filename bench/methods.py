@@ -8,7 +8,7 @@
     moments     what becomes of Adam's moments when the basis changes: kept, reset, or the first one rotated into it
     layers      active layers x rank, at equal tokens, equal time and equal memory, also as a picture
     recipe      the published recipe, with one setting changed at a time
-    embeddings  embedding and head frozen, projected, trained at a tenth of the rate, and at the rate
+    embeddings  embedding and head frozen; projected or in full, at a tenth of the rate or at the rate
     packing     one record a row, or as many as fit, at equal tokens
 
 Every row of a table has its own learning rate: the best on seed 0 out of --lrs, a grid that is extended as long as the
