@@ -2239,9 +2239,7 @@ def test_every_method_trains_what_it_should(base, checkpoint, tmp_path, method, 
         assert torch.equal(p, q) != trained, name
 
 
-@pytest.mark.parametrize(
-    "method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full", "owlore --embeddings frozen"]
-)
+@pytest.mark.parametrize("method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full"])
 def test_micro_batches_do_not_change_a_run(method, base, tmp_path):
     """Through draws and new bases; rows differ in length, so a mean of means would differ. The rank is one at which the
     gradients' directions are well above fp32's rounding: Adam makes whole steps of what is below it."""
@@ -2387,17 +2385,20 @@ def test_the_embedded_example_alone_trains_its_embeddings_at_the_whole_rate():
 @pytest.mark.parametrize("how", ["full", "projected"])
 def test_embedding_and_head_learn_at_a_rate_of_their_own(how, base, checkpoint, tmp_path):
     """Adam's first step is as long as the learning rate, whatever the gradient."""
+    rounding = 1e-6 if how == "projected" else 0  # in two groups, bases are found with other random numbers than in one
     moves = []
     for ratio in (1, 0.25):
         train_run(f"{base} --steps 1 --embeddings {how} --embeddings-lr-ratio {ratio} --out {tmp_path / str(ratio)}")
         tuned, source = load_model(tmp_path / str(ratio) / "model"), load_model(checkpoint)
         moves.append({name: p - source.get_parameter(name) for name, p in tuned.named_parameters()})
     for name, move in moves[0].items():
-        ends = name in ("tok_embeddings.weight", "output.weight")
-        torch.testing.assert_close(
-            moves[1][name], (0.25 if ends else 1) * move, rtol=0, atol=1e-6
-        )  # weights are about 1
-        assert not ends or move.abs().max() > 1e-3
+        if name in ("tok_embeddings.weight", "output.weight"):
+            assert move.abs().max() > 1e-3
+            torch.testing.assert_close(
+                moves[1][name], 0.25 * move, rtol=0, atol=1e-7
+            )  # fp32 near 0.5 has steps of 6e-8
+        else:
+            torch.testing.assert_close(moves[1][name], move, rtol=0, atol=rounding)
 
 
 def test_embedded_default_repeats_bit_for_bit(tmp_path):
@@ -2498,11 +2499,11 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", [*train.METHODS, "owlore --embeddings projected --embeddings-lr-ratio 0.1"])
 def test_resuming_continues_bit_for_bit(method, base, tmp_path):
     # in bf16 stochastic rounding draws random numbers; an epoch is 8 steps
     line = f"{base} --batch-size 8 --steps 14 --method {method} --dtype bf16 --micro-batch-size 3 --update-gap 2 --save-every 5"
-    line += " --active 1 --interval 3" if method in ("owlore", "lisa") else ""
+    line += " --active 1 --interval 3" if method.startswith(("owlore", "lisa")) else ""
     out = tmp_path / "b"
     with ThreadPoolExecutor() as pool:
         whole = pool.submit(start_cli, f"{line} --out {tmp_path / 'a'}")
@@ -2642,7 +2643,7 @@ def test_a_finished_run_can_be_extended(base, tmp_path):
 
 @pytest.mark.parametrize("method", ["owlore", "full", "lora"])
 def test_a_run_of_before_a_flag_was_added_has_its_default(method, base, tmp_path):
-    line = f"{base} --steps 12 --method {method} --embeddings-lr-ratio 1"
+    line = f"{base} --steps 12 --method {method}" + " --embeddings-lr-ratio 1" * (method == "owlore")
     train_run(f"{line} --out {tmp_path / 'a'}")
     out = tmp_path / "b"
     assert start_cli(f"{line} --save-every 3 --out {out}", when=reached(out, 4))[0] == -signal.SIGKILL
@@ -2833,9 +2834,7 @@ def shared_line(base: str, method: str) -> str:
     return f"{base} {rest} {low_rank} --method {method} {sampled}"
 
 
-@pytest.mark.parametrize(
-    "method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full", "owlore --embeddings frozen"]
-)
+@pytest.mark.parametrize("method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full"])
 def test_two_or_three_processes_train_what_one_does(method, base, tmp_path):
     line = shared_line(base, method)
     train_run(f"{line} --out {tmp_path / '1'}")
@@ -2847,15 +2846,7 @@ def test_two_or_three_processes_train_what_one_does(method, base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method",
-    [
-        "owlore --embeddings full",
-        "lisa",
-        "galore",
-        "lora",
-        "full",
-        "owlore --micro-batch-size 11",
-    ],
+    "method", ["owlore --embeddings full", "lisa", "galore", "lora", "full", "owlore --micro-batch-size 11"]
 )
 def test_weights_in_host_memory_change_nothing(method, base, tmp_path):
     """(Gradients of several micro-batches that FSDP reduces are added up before, not after, they are projected.)"""
@@ -3164,7 +3155,8 @@ def test_bad_data_is_refused(name, content, names, checkpoint, tmp_path):
 @pytest.mark.parametrize("flags", [
     "--ckpt nowhere", "--data nothing.txt", "--active 4", "--active 0", "--rank -1", "--rank 0 --method lora", "--rank many",
     "--seq-len 257", "--device cuda:77", "--device abacus", "--method magic", "--active 2 --method galore",
-    "--interval 2 --method full", "--lora-alpha 2 --method owlore", "--lr nan", "--lr inf", "--lr 0", "--threshold -1",
+    "--interval 2 --method full", "--lora-alpha 2 --method owlore", "--embeddings frozen --embeddings-lr-ratio 1",
+    "--lr nan", "--lr inf", "--lr 0", "--threshold -1",
     "--batch-size 0", "--scale nan", "--weight-decay -1", "--sped 1", "--seed -1", "--lr 1e300",
     "--seed 100000000000000000000", "--rank 65 --method lora", "--micro-batch-size 5",
 ])  # fmt: skip

@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
                 sampler.resample()
             lr = args.lr * (1 - step / steps)  # linear to zero
             for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_ratio", 1)
+                group["lr"] = lr * group.get("lr_ratio", 1)  # runs older than the flag have none
             batches, tokens = step_batches(data, args, step)
             loss, norm = training_step(model, optimizer, batches, args.max_grad_norm)
             step += 1
@@ -197,14 +197,14 @@ def step_batches(data: Dataset, args: argparse.Namespace, step: int) -> tuple[li
 # Who is trained, and how
 
 
-def is_end(name: str, parameter: Tensor) -> bool:
-    """Whether it is the embedding or the head."""
+def is_embedding(name: str, parameter: Tensor) -> bool:
+    """Whether it is the embedding, or the output head."""
     return parameter.dim() == 2 and not name.startswith("layers.")
 
 
 def how_trained(name: str, parameter: Tensor, args: argparse.Namespace) -> str:
     """How a parameter is trained while its layer is active: "projected", "plain" or "frozen"."""
-    if is_end(name, parameter):
+    if is_embedding(name, parameter):
         return {"full": "plain"}.get(args.embeddings, args.embeddings)
     if args.method == "lora":
         return "plain" if name.endswith((".A", ".B")) else "frozen"
@@ -220,7 +220,7 @@ def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAd
         kind = how_trained(name, parameter, args)
         parameter.requires_grad_(kind != "frozen")
         if kind != "frozen":
-            ratio = args.embeddings_lr_ratio if is_end(name, parameter) else 1.0
+            ratio = args.embeddings_lr_ratio if is_embedding(name, parameter) else 1.0
             new = {"params": [], "lr_ratio": ratio, **settings[kind]}
             groups.setdefault((kind, ratio), new)["params"].append(parameter)
     used = [groups[key] for key in sorted(groups)]
@@ -495,6 +495,8 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     args = argparse.Namespace(**vars(args) | defaults | given)
 
     plain = args.method == "owlore" and args.embeddings != "projected"
+    useless = "embeddings_lr_ratio" in given and args.embeddings == "frozen" and not args.resume
+    require(not useless, "--embeddings-lr-ratio: --embeddings frozen has no use for it; leave it out")
     require(args.rank or plain, "--rank 0 is owlore without projection; give another, or leave it out")
     limits = {"seq_len": (config.max_seq_len, "context is"), "active": (config.n_layers, "layers are")}
     for name, (most, what) in (limits | {"rank": (config.dim, "width is")} if lora else limits).items():
