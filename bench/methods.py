@@ -37,8 +37,8 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -145,6 +145,32 @@ class Warmup(ProjectedAdam):
         super().step()
 
 
+class SlowNorms(ProjectedAdam):
+    """Norms learn at a tenth of the rate: about as far as the entries of a projected matrix move, sqrt(rank / n) of it.
+    (So do embedding and head where they are trained in full.)"""
+
+    share = 0.1
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            group["lr"] *= self.share if group["rank"] is None else 1
+        super().step()
+
+
+class FrozenNorms(SlowNorms):
+    """Norms stay as they are, as in LoRA."""
+
+    share = 0.0
+
+
+class SlowNormsWarmup(Warmup, SlowNorms):
+    """Both."""
+
+
+class FiraSlowNormsWarmup(Warmup, SlowNorms, Fira):
+    """All three."""
+
+
 def random_basis(gradient: Tensor, rank: int, svd: str) -> Tensor:
     """Random directions, not the gradient's leading ones: what LoRA's A has at first (Flora, arXiv 2402.03293)."""
     generator = torch.Generator(gradient.device).manual_seed(abs(hash(gradient.sum().item())))
@@ -167,6 +193,10 @@ CHANGES = {
     "parked": patch.object(train, "ProjectedAdam", Parked),
     "turns": patch.object(train, "LayerSampler", Turns),
     "warmup": patch.object(train, "ProjectedAdam", Warmup),
+    "norms": patch.object(train, "ProjectedAdam", SlowNorms),
+    "no norms": patch.object(train, "ProjectedAdam", FrozenNorms),
+    "norms, warmup": patch.object(train, "ProjectedAdam", SlowNormsWarmup),
+    "fira, norms, warmup": patch.object(train, "ProjectedAdam", FiraSlowNormsWarmup),
     "beta2": patch.object(train, "ProjectedAdam", partial(ProjectedAdam, betas=(0.9, 0.95))),
     "random": patch.object(owlore, "projection_basis", random_basis),
     "floor": patch.object(train, "sampling_probabilities", floored),
@@ -205,14 +235,20 @@ def checksum(args: argparse.Namespace) -> int:
     return total
 
 
+@lru_cache(1)
+def cache_of_size(size: int) -> dict[str, dict]:
+    """The cache's values, while the file is that large: it only grows."""
+    entries = map(json.loads, CACHE.read_text().splitlines() if size else [])
+    return {json.dumps(entry["key"], sort_keys=True): entry["value"] for entry in entries}
+
+
 def cached(args: argparse.Namespace, key: dict, compute: Callable[[], dict], finished: bool = False) -> dict:
-    """The cache's value of a key, computed and added where there is none. The file is read each time: several studies
-    may run at once. Raises Unfinished instead if only finished ones are wanted."""
+    """The cache's value of a key, computed and added where there is none. The file is read again when it has grown:
+    several studies may run at once. Raises Unfinished instead if only finished ones are wanted."""
     key = {"ckpt": args.name, "data": Path(args.data).name, "files": args.files, **key}
-    for line in CACHE.read_text().splitlines() if CACHE.exists() else []:
-        entry = json.loads(line)
-        if entry["key"] == key:
-            return entry["value"]
+    known = cache_of_size(CACHE.stat().st_size if CACHE.exists() else 0)
+    if (name := json.dumps(key, sort_keys=True)) in known:
+        return known[name]
     if finished:
         raise Unfinished
     value = compute()
@@ -244,7 +280,7 @@ def fill(args: argparse.Namespace, flags: dict) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
     """One run of train.py. Returns the validation "loss" and "accuracy" (None without choices), each before and after
-    it, and the "seconds" of its training steps. The loss of a run that diverged is infinite."""
+    it, the "seconds" of its training steps, and the "machine". The loss of a run that diverged is infinite."""
 
     def compute() -> dict:
         with contextlib.ExitStack() as stack:
@@ -252,9 +288,11 @@ def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
             argv = ["train.py", *command_line(args, {**flags, "out": out})]
             stack.enter_context(patch.object(sys, "argv", argv))
             stack.enter_context(CHANGES[change])
+            stack.enter_context(patch.object(train, "save_checkpoint", lambda *args: None))  # only losses are looked at
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             errors = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             diverged = False
+            torch.backends.cuda.matmul.allow_tf32 = True
             try:
                 train.main()
             except SystemExit:
@@ -268,6 +306,7 @@ def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
             "loss": [before["val_loss"], math.inf if diverged or math.isnan(after["val_loss"]) else after["val_loss"]],
             "accuracy": [before.get("val_accuracy"), after.get("val_accuracy")],
             "seconds": sum(row["seconds"] for row in rows if "loss" in row),
+            "machine": machine(args),
         }
 
     flags = complete(args, flags)
@@ -279,6 +318,7 @@ def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
         if args.wanted is not None:
             args.wanted.append((flags, change))
         raise
+    args.machines.add(result.get("machine") or machine(args))  # the first runs did not say
     loss, seconds = result["loss"][1], result["seconds"]
     print(f"    lr {flags['lr']:g}, seed {flags['seed']}: loss {loss:.4f}, {seconds:.1f} s", flush=True)
     return result
@@ -468,7 +508,7 @@ def budget(args: argparse.Namespace) -> str:
     """Few layers at a high rank or many at a low one: as many as fit the memory of LoRA, of LISA, and as published,
     where also all layers at the highest rank that fits are tried."""
     L, most = args.config.n_layers, args.config.dim // 16
-    ranks = [max(1, most // n) for n in (1, 2, 4)]
+    ranks = [4 * most, *(max(1, most // n) for n in (1, 2, 4))]
     base = {"method": "owlore", "embeddings": "frozen", **redrawn(args, 10)}
     rivals = {"lora": {"method": "lora"}, "published": base, "lisa": {"method": "lisa", "embeddings": "frozen"}}
     flags = {}
@@ -506,9 +546,12 @@ def draws(args: argparse.Namespace) -> str:
         "uniform": ({"sampling": "uniform"}, ""),
         "basis and moments kept": ({}, "parked"),
     }
+    for times in (60, 30, 20, 5, 2) if args.steps else ():
+        ways[f"drawn {times} times"] = redrawn(args, times), ""
+    ways["drawn 60 times, kept"] = redrawn(args, 60), "parked"
     for name, (flags, change) in ways.items() if rows[0] else ():
         rows.append(search(args, name, base | flags, change, like=rows[0]))
-    return f"""Embedding and head are frozen, and layers drawn ten times in a run. Independent: as train.py does. In turns: those
+    return f"""Embedding and head are frozen, and layers drawn ten times in a run but where it is said. Independent: as train.py does. In turns: those
 that are furthest behind their share p_l * active, which draws likely layers still more often. Kept: what a layer had
 when it was active last, not counted as memory here. All rows learn at the rate that is best for the first.
 
@@ -520,15 +563,19 @@ def projection(args: argparse.Namespace) -> str:
     base = many_layers(args, args.config.n_layers)
     rows = [search(args, "all layers", base)]
     slow, fast = (float(f"{times * rows[0].flags['lr'] if rows[0] else 1:.2g}") for times in (0.3, 3))
-    ways = {"warm-up": ({}, "warmup"), "beta2 0.95": ({}, "beta2"), "new bases every 10 steps": ({"update_gap": 10}, ""),
+    ways = {"warm-up": ({}, "warmup"), "beta2 0.95": ({}, "beta2"), "norms slower": ({}, "norms"),
+            "norms frozen": ({}, "no norms"), "new bases every 10 steps": ({"update_gap": 10}, ""),
             "scale 3, norms slower": ({"scale": 3.0, "lr": slow}, ""), "scale 6": ({"scale": 6.0, "lr": slow}, ""),
-            "the gradient's rest too (Fira)": ({}, "fira"), "random bases": ({}, "random"),
-            "random bases, three times the rate": ({"lr": fast}, "random")}  # fmt: skip
+            "random bases": ({}, "random"), "random bases, three times the rate": ({"lr": fast}, "random")}  # fmt: skip
     for name, (flags, change) in ways.items() if rows[0] else ():
         like = rows[0]._replace(flags=rows[0].flags | {"lr": flags.pop("lr", rows[0].flags["lr"])})
         rows.append(search(args, name, base | flags, change, like=like))
+    rows.append(search(args, "the gradient's rest too (Fira)", base, "fira"))
+    rows.append(search(args, "norms slower, warm-up", base, "norms, warmup"))
+    rows.append(search(args, "Fira, norms slower, warm-up", base, "fira, norms, warmup"))
     return f"""All layers are active at rank dim / 64, embedding and head frozen; this is GaLore. Warm-up: the rate rises in the
-first six steps. Rows learn at the rate that is best for the first, or at {slow:g} where the scale makes up for it.
+first six steps. Norms slower: at a tenth of the rate, or at 0.3 of it with scale 3. The first and the last three rows
+have their own best rate, the others that of the first, or {slow:g} where the scale makes up for it.
 
 {compare(args, rows, "all layers")}"""
 
@@ -693,17 +740,25 @@ have run beside it.
 """
 
 
+def machine(args: argparse.Namespace) -> str:
+    """What runs are made by."""
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    gpu = f"{torch.cuda.get_device_name()}, " if args.device != "cpu" else ""
+    return (
+        f"{gpu}{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
 def provenance(args: argparse.Namespace) -> str:
     """How a section was made."""
     words = [os.path.relpath(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
-    info = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() and args.device != "cpu" else ""
     lrs = ", ".join(f"{lr:g}" for lr in sorted(args.lrs))
+    tf32 = ", matrix products in TF32" if args.device != "cpu" and args.dtype == "fp32" else ""
     return f"""`python bench/methods.py {shlex.join(words)}`, {datetime.date.today()},
-{gpu}{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, \
-torch {torch.__version__}, Python {platform.python_version()}.
-{args.config.n_layers} layers of {args.config.dim} dimensions, {args.dtype}; {args.steps or args.epochs} \
+{"; ".join(sorted(args.machines))}.
+{args.config.n_layers} layers of {args.config.dim} dimensions, {args.dtype}{tf32}; {args.steps or args.epochs} \
 {"steps" if args.steps else "epoch(s)"} of {args.batch_size} rows a step of at most {args.seq_len} tokens; seeds 0 to {args.seeds - 1}; learning rates {lrs}, and what extends them."""
 
 
@@ -809,17 +864,26 @@ def main() -> None:
     command(parser, lambda: run_studies(args))
 
 
-def run_together(args: argparse.Namespace, study: Callable) -> None:
-    """Run what a study lacks, --jobs at a time. It is asked again after each round: what it wants next hangs on that."""
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+def run_together(args: argparse.Namespace) -> None:
+    """Run what the studies lack, --jobs at a time, the first one's first. They are asked again whenever a run has ended:
+    what they want next hangs on that."""
+    jobs, running = {}, set()
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool, tqdm(desc="runs") as bar:
         while True:
             looking = argparse.Namespace(**vars(args) | {"finished": True, "wanted": [], "missing": []})
-            study(looking)
-            jobs = [pool.submit(run, args, *wanted) for wanted in looking.wanted]
-            if not jobs:
+            with contextlib.redirect_stdout(io.StringIO()):
+                for study in args.studies:
+                    STUDIES[study](looking)
+            for wanted in looking.wanted:
+                if (name := json.dumps(wanted, sort_keys=True)) not in jobs and len(running) < args.jobs:
+                    jobs[name] = pool.submit(run, args, *wanted)
+                    running.add(jobs[name])
+            if not running:
                 return
-            for job in tqdm(as_completed(jobs), "runs", len(jobs), leave=False, disable=None):
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for job in ended:
                 job.result()
+                bar.update()
 
 
 def run_studies(args: argparse.Namespace) -> None:
@@ -829,10 +893,11 @@ def run_studies(args: argparse.Namespace) -> None:
     args.config, args.steps = parse_shape(args.ckpt), None if args.epochs else args.steps
     args.name, args.files = Path(args.ckpt).resolve().name, checksum(args)
     RESULTS.mkdir(exist_ok=True)
+    args.missing, args.wanted, args.machines = [], None, set()
+    if args.jobs > 1 and not args.finished:
+        run_together(args)
     for study in args.studies:
-        args.missing, args.wanted = [], None
-        if args.jobs > 1 and not args.finished:
-            run_together(args, STUDIES[study])
+        args.missing, args.machines = [], set()
         write_section(args, study, STUDIES[study](args))
 
 
