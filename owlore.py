@@ -201,6 +201,9 @@ class LayerSampler:
 
 # 3. Project
 
+# Of a residual's norm, from one step to the next; one that was hardly there, of |N|, is taken for this much
+MAX_GROWTH, LEAST = 1.01, 0.1
+
 
 class ProjectedAdam(torch.optim.Optimizer):
     """AdamW whose matrices are updated in a low-rank space (GaLore, arXiv 2403.03507), all of its state in fp32.
@@ -214,6 +217,15 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     If m < n it is P = U_r [m, rank], R = P^T G [rank, n] and P N. A group without a rank is trained by AdamW. lr,
     betas, eps, weight_decay: as torch.optim.AdamW's. bf16 weights are rounded stochastically.
+
+    A group with `residual` also follows what of G lies outside of P, without moments (Fira, arXiv 2410.01623): each row
+    of it (column if m < n) is scaled as Adam scales that of R,
+
+        S = G - R P^T,  W_i = W_i - lr scale (|N_i| / |R_i|) S_i
+
+    to no more than sqrt(n), Adam's length for all of G_i (sqrt(m) if m < n), and all of it grows by 1 % a step at most.
+    |N_i| is that of the step before (sqrt(rank) in the first), so S need not wait for `step`, for which a backward pass
+    that projects does not keep it: there W moves as soon as G is known, whether or not `step` is called after it.
 
     It is used like any optimizer: p.grad holds G until `step`. in_backward: project in the backward pass instead, which
     saves the gradients' memory (part 4). svd: "randomized" or "exact". Raises ValueError for settings out of range, and
@@ -234,19 +246,19 @@ class ProjectedAdam(torch.optim.Optimizer):
             raise ValueError(f"lr {lr}, betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range")
         self.in_backward, self.micro_batches = in_backward, 1  # micro_batches: the backward passes of a step
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, svd=svd)
-        super().__init__(params, defaults | dict(rank=None, update_gap=100, scale=1.0, steps=0))
+        super().__init__(params, defaults | dict(rank=None, update_gap=100, scale=1.0, residual=False, steps=0))
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
         """Update every parameter that has a gradient. closure: recomputes the loss, which is returned."""
         loss = torch.enable_grad()(closure)() if closure is not None else None
         self._drop_frozen()
-        for group in self.param_groups:
-            group["steps"] += 1
         with without_autocast():
             for index, group, p, g in self._gradients():
                 # Seeds count the steps of the whole run: a layer drawn again must not meet its old noise.
                 self._update(group, p, g, (group["steps"], index))
+        for group in self.param_groups:
+            group["steps"] += 1
         return loss
 
     def _update(self, group: dict, p: Tensor, g: Tensor, seed: tuple) -> None:
@@ -262,7 +274,10 @@ class ProjectedAdam(torch.optim.Optimizer):
         R = self._project(group, p, whole(g)) if g is p.grad else g  # R = G P, of a new P if it is due
         if R.dim() == 0:  # no basis could be had: this matrix waits for the next step
             return
-        N, P = group["scale"] * adam(R, *moments(state, R), group), state["basis"]  # N = scale Adam(R)
+        N, P = adam(R, *moments(state, R), group), state["basis"]
+        if group["residual"]:
+            state["lengths"] = N.norm(dim=int(is_tall(p)), keepdim=True)  # |N_i|
+        N = group["scale"] * N
         left, right = (N, P.T) if is_tall(p) else (P, N)
         for p_rows, rows, noise in row_blocks(p, seed, left[rows_of(p)]):
             write_back(p_rows, rows @ right, group, noise)  # W = (1 - lr weight_decay) W - lr N P^T
@@ -286,7 +301,34 @@ class ProjectedAdam(torch.optim.Optimizer):
                 turn = state["basis"].T @ P  # [rank, rank]
                 state["exp_avg"] = state["exp_avg"] @ turn if is_tall(G) else turn.T @ state["exp_avg"]
             state["basis"] = P
-        return project(G, state["basis"])
+        R = project(G, state["basis"])
+        if group["residual"]:
+            self._add_residual(group, p, G, R)
+        return R
+
+    def _add_residual(self, group: dict, p: Tensor, G: Tensor, R: Tensor) -> None:
+        """W_i = W_i - lr scale (|N_i| / |R_i|) S_i, with S = G - R P^T, within its limits; nothing if G is not finite."""
+        state, dim = self.state[p], int(is_tall(p))
+        wide = torch.promote_types(G.dtype, torch.float32)
+        inside = R.norm(dim=dim, keepdim=True).clamp(min=1e-30)  # |R_i|, [m, 1] or [1, n]
+        all_of_it = torch.linalg.vector_norm(G, dim=dim, keepdim=True, dtype=wide).float().clamp(min=1e-30)  # |G_i|
+        # P is orthonormal, so |S_i|^2 = |G_i|^2 - |R_i|^2: lengths are known before anything is made.
+        outside = all_of_it * (1 - (inside / all_of_it).square()).clamp(min=0).sqrt()
+        lengths = state.get("lengths", torch.full_like(inside, R.shape[dim] ** 0.5))  # |N_i|
+        length = (lengths * outside / inside).clamp(max=G.shape[dim] ** 0.5)
+        norm = length.norm()
+        before, finite = state.get("residual", torch.full_like(norm, math.inf)), norm.isfinite()
+        limited = torch.minimum(norm, MAX_GROWTH * before)
+        state["residual"] = torch.where(finite, torch.maximum(limited, LEAST * lengths.norm()), before)
+        gain = group["scale"] * length / outside.clamp(min=1e-30) * (limited / norm.clamp(min=1e-30))
+        left, right = (R, state["basis"].T) if is_tall(p) else (state["basis"], R)
+        index = next(n for n, q in enumerate(q for group in self.param_groups for q in group["params"]) if q is p)
+        seed, here, group = (group["steps"], index, 1), rows_of(p), group | {"weight_decay": 0.0}
+        for p_rows, G_rows, left_rows, gain_rows, noise in row_blocks(
+            p, seed, G[here], left[here], gain.expand(len(G), -1)[here]
+        ):
+            S = torch.addmm(G_rows.float(), left_rows, right, alpha=-1)
+            write_back(p_rows, S.mul_(gain_rows).masked_fill_(~finite, 0.0), group, noise)
 
     def _basis_is_due(self, group: dict, p: Tensor) -> bool:
         """Whether P must be renewed. A step that changed nothing does not count, so a basis that failed stays due."""
@@ -399,7 +441,7 @@ class ProjectedAdam(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group.update(self.defaults | group)  # torch's AdamW has fewer settings
+            group.update({"residual": False} | self.defaults | group)  # torch's AdamW has fewer, as older versions had
             project_in_backward(group, self)
 
 
@@ -556,9 +598,9 @@ class ProjectedGradient(Tensor):
     gradient is alive at a time, while a plain backward pass ends with those of all active layers.
 
     Autograd adds the gradients of further micro-batches to p.grad: each is projected, and they add up as R. A basis
-    that is due is that of the whole step's gradient, so the sum of G then waits in host memory for the last of the
-    optimizer's `micro_batches`. Whatever else takes p.grad for the gradient is told so at once: GradScaler, torch's
-    clip_grad_norm_ (the optimizer has its own), DistributedDataParallel, another optimizer.
+    that is due, and a residual, are those of the whole step's gradient, so the sum of G then waits in host memory for
+    the last of the optimizer's `micro_batches`. Whatever else takes p.grad for the gradient is told so at once:
+    GradScaler, torch's clip_grad_norm_ (the optimizer has its own), DistributedDataParallel, another optimizer.
     """
 
     @staticmethod
@@ -582,7 +624,7 @@ class ProjectedGradient(Tensor):
                 f"{self.passes} backward passes without step and zero_grad: set optimizer.micro_batches to their "
                 "number, let no other optimizer train these parameters, do not take_factors of a module that runs twice"
             )
-        if R is None and optimizer._basis_is_due(group, p):
+        if R is None and (group["residual"] or optimizer._basis_is_due(group, p)):
             if self.R is not None:
                 raise RuntimeError("clip_grad_norm_ or step came before the last of the optimizer's micro_batches")
             self.G = G if self.G is None else self.G.to(G.device) + G
@@ -664,8 +706,9 @@ def project_in_backward(group: dict, optimizer: ProjectedAdam) -> None:
 
 
 class Linear(nn.Linear):
-    """y = x W^T, [..., in_features] -> [..., out_features]. Its backward pass sees to the gradient of W first, lets go
-    of x, and only then makes that of x, where autograd would hold all three at once: 0.19 GiB in a 7B at 16 x 512."""
+    """y = x W^T, [..., in_features] -> [..., out_features]. Once it hands over its factors (`take_factors`), its
+    backward pass sees to the gradient of W first, lets go of x, and only then makes that of x, where autograd would
+    hold all three at once: 0.19 GiB in a 7B at 16 x 512."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -675,7 +718,10 @@ class Linear(nn.Linear):
         return self.__dict__ | {"taker": None}  # no optimizer has a copy's weight yet
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.weight.requires_grad:
+        optimizer, p = (reference() for reference in self.taker or (lambda: None, lambda: None))
+        group = projected_group(p, optimizer)
+        # A residual needs G itself, and W must not move before the gradient of x is made.
+        if not self.weight.requires_grad or self.taker is None or (group is not None and group["residual"]):
             return F.linear(x, self.weight)
         # Autograd runs WeightGradient's backward pass first, then x is free, then that of F.linear for x alone.
         return WeightGradient.apply(F.linear(x, self.weight.detach()), x, self.weight, self)
@@ -706,7 +752,7 @@ class WeightGradient(torch.autograd.Function):
 def take_factors(model: nn.Module, optimizer: ProjectedAdam) -> None:
     """Have every `Linear` of a model hand its factors to an optimizer that projects in the backward pass. From then on
     G is made only for new bases: of the 6 FLOP of a step per weight and token 2 become 2 (rank / m + rank / n), which
-    is 29 % less for GaLore at 7B."""
+    is 29 % less for GaLore at 7B. (A weight with a residual needs G in each step, and hands over none.)"""
     for module in model.modules():
         if isinstance(module, Linear):
             # FSDP shows forward and backward pass another weight than this one, which the optimizer has.

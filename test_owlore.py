@@ -1422,11 +1422,14 @@ def test_without_rank_it_is_adamw():
 
 
 def reference_steps(
-    W: torch.Tensor, gradients: list, rank: int, update_gap: int, lr: float, scale: float, decay: float
+    W: torch.Tensor, gradients: list, rank: int, update_gap: int, lr: float, scale: float, decay: float, residual: bool
 ):
-    """The paper's algorithm for one matrix, in fp64 and written out; the first moment follows the basis."""
+    """The paper's algorithm for one matrix, in fp64 and written out; the first moment follows the basis. residual: with
+    Fira's term: its gain has |N| of the step before, its rows are no longer than Adam's, and it grows by 1 % a step,
+    from a tenth of |N| at least."""
     W, tall = W.double(), W.shape[0] >= W.shape[1]
-    M, V = 0, 0
+    M, V, limit, lengths = 0, 0, math.inf, math.sqrt(min(rank, *W.shape))
+    along = 1 if tall else 0
     for t, G in enumerate(map(torch.Tensor.double, gradients)):
         if t % update_gap == 0:
             U, _, Vh = torch.linalg.svd(G, full_matrices=False)
@@ -1434,24 +1437,33 @@ def reference_steps(
             M = (M @ P.T @ new if tall else new.T @ P @ M) if t else 0  # noqa: F821 (P is that of before)
             P = new
         R = G @ P if tall else P.T @ G
+        if residual:
+            S = G - (R @ P.T if tall else P @ R)
+            longer = S.norm(dim=along, keepdim=True) * lengths / R.norm(dim=along, keepdim=True)
+            S = S / S.norm(dim=along, keepdim=True) * longer.clamp(max=math.sqrt(min(W.shape)))
+            norm = min(S.norm(), 1.01 * limit)
+            W = W - lr * scale * S * norm / S.norm()
+            limit = max(norm, 0.1 * (torch.zeros(R.norm(dim=along, keepdim=True).shape) + lengths).norm())
         M, V = 0.9 * M + 0.1 * R, 0.999 * V + 0.001 * R**2
         N = (M / (1 - 0.9 ** (t + 1))) / ((V / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
+        lengths = N.norm(dim=along, keepdim=True)
         W = W - lr * decay * W - lr * scale * (N @ P.T if tall else P @ N)
     return W
 
 
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12), (6, 6)])
 @pytest.mark.parametrize("rank, update_gap, scale, decay", [(2, 100, 1.0, 0.0), (3, 4, 0.25, 0.1), (9, 7, 1.0, 0.5)])
-def test_projected_steps_equal_the_algorithm_written_out(shape, rank, update_gap, scale, decay):
+@pytest.mark.parametrize("residual", [False, True])
+def test_projected_steps_equal_the_algorithm_written_out(shape, rank, update_gap, scale, decay, residual):
     W = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
     start, gradients = W.detach().clone(), random_gradients(*shape, steps=20)
-    group = {"params": [W], "rank": rank, "update_gap": update_gap, "scale": scale}
+    group = {"params": [W], "rank": rank, "update_gap": update_gap, "scale": scale, "residual": residual}
     optimizer = ProjectedAdam([group], lr=0.01, weight_decay=decay, svd="exact")
     for G in gradients:
         W.grad = G.clone()
         optimizer.step()
         assert torch.equal(W.grad, G)  # as with any optimizer
-    expected = reference_steps(start, gradients, rank, update_gap, 0.01, scale, decay)
+    expected = reference_steps(start, gradients, rank, update_gap, 0.01, scale, decay, residual)
     # fp32; a direction's sign is the SVD's choice, and the second moment does not see it
     torch.testing.assert_close(W.detach().double(), expected, atol=2e-5, rtol=0)
 
@@ -1475,13 +1487,15 @@ def test_full_rank_is_adam_in_the_rotated_basis(shape):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_one_bad_gradient_does_not_cost_the_basis(bad, in_backward):
+@pytest.mark.parametrize("residual", [False, True])
+def test_one_bad_gradient_does_not_cost_the_basis(bad, in_backward, residual):
     """It is due until one is had; steps that changed nothing do not count for Adam's bias correction."""
     torch.manual_seed(0)
     W, clean = (nn.Parameter(torch.ones(30, 20)) for _ in "ab")
     G = torch.randn(30, 20)
     for p in (W, clean):
-        optimizer = ProjectedAdam([{"params": [p], "rank": 4, "update_gap": 3}], lr=0.1, svd="exact", in_backward=in_backward)  # fmt: skip
+        group = {"params": [p], "rank": 4, "update_gap": 3, "residual": residual}
+        optimizer = ProjectedAdam([group], lr=0.1, svd="exact", in_backward=in_backward)
         for n in range(8):
             for poisoned in (True, False) if p is W and n in (0, 3, 6) else (False,):  # the steps that renew it
                 optimizer.zero_grad()
@@ -1659,9 +1673,10 @@ def test_frozen_layers_hold_no_state_and_no_gradient(forget):
     model = build(n_layers=6)
     args = settings_of("--method", "owlore", "--rank", 4, "--update-gap", 10, "--active", 2, "--embeddings", "full")
     optimizer, sampler = train.build_optimizer(model, args), LayerSampler(model.layers, torch.ones(6) / 6, 2)
-    # per linear m x n of an active layer: basis, two moments; per norm and for embedding, head and final norm: two moments
+    # per linear m x n of an active layer: basis, two moments, lengths of the rows of N, norm of the residual; per norm
+    # and for embedding, head and final norm: two moments
     layer = sum(
-        4 * (4 * min(p.shape) + 2 * 4 * max(p.shape)) if p.dim() == 2 else 8 * p.numel()
+        4 * (4 * min(p.shape) + 2 * 4 * max(p.shape) + max(p.shape) + 1) if p.dim() == 2 else 8 * p.numel()
         for p in model.layers[0].parameters()
     )
     always = 8 * (model.tok_embeddings.weight.numel() + model.output.weight.numel() + model.norm.weight.numel())
@@ -1695,12 +1710,14 @@ def test_optimizer_refuses_what_it_cannot_do():
 # owlore.py: in other people's loops. Each habit works as with torch.optim.AdamW, in both modes, or raises at once.
 
 
-def small_net(in_backward: bool = False, dtype=torch.float32, svd: str = "exact") -> tuple[nn.Module, ProjectedAdam]:
+def small_net(
+    in_backward: bool = False, dtype=torch.float32, svd: str = "exact", residual: bool = False
+) -> tuple[nn.Module, ProjectedAdam]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 90), nn.Tanh(), nn.Linear(90, 80)).to(dtype)
     matrices = [p for p in net.parameters() if p.dim() == 2]
     groups = [
-        {"params": matrices, "rank": 3, "update_gap": 4},
+        {"params": matrices, "rank": 3, "update_gap": 4, "residual": residual},
         {"params": [p for p in net.parameters() if p.dim() == 1]},
     ]
     return net, ProjectedAdam(groups, lr=0.02, svd=svd, in_backward=in_backward)
@@ -2044,7 +2061,78 @@ def test_gradients_are_projected_and_freed_in_the_backward_pass():
     assert all(map(torch.equal, train_net(*small_net()), train_net(*small_net(in_backward=True))))
 
 
-@pytest.mark.parametrize("kind", ["linear", "factors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_is_added_in_the_backward_pass_as_in_step(dtype):
+    nets = [small_net(in_backward, dtype, residual=True) for in_backward in (False, True)]
+    alike = [train_net(*net) for net in nets]
+    assert all(map(torch.equal, *alike)) and not torch.equal(alike[0][0], train_net(*small_net(dtype=dtype))[0])
+    for net, optimizer in nets:
+        optimizer.zero_grad()
+        loss_of(net).backward()
+    assert torch.equal(nets[0][0][0].weight, alike[0][0]) and not torch.equal(nets[1][0][0].weight, alike[0][0])
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
+def test_a_residual_moves_nothing_inside_the_basis(shape):
+    W = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    optimizer = ProjectedAdam([{"params": [W], "rank": 2, "residual": True}], lr=0.1, in_backward=True)
+    for G in random_gradients(*shape, steps=3):
+        optimizer.zero_grad()
+        before = W.detach().clone()
+        (W * G).sum().backward()  # and no step
+        P, moved = optimizer.state[W]["basis"], W.detach() - before
+        assert moved.norm() > 0.01
+        torch.testing.assert_close(owlore.project(moved, P), torch.zeros_like(owlore.project(G, P)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_residual_comes_back_after_a_gradient_without_one(tokens):
+    """One that is zero, or of a rank that the projection holds, leaves nothing outside; the next ones are ordinary."""
+    shape, moved = (30, 20), []
+    for first in (tokens, None):
+        W = nn.Parameter(torch.zeros(shape))
+        optimizer = ProjectedAdam([{"params": [W], "rank": 2, "residual": True}], lr=0.1, svd="exact")
+        gradients = random_gradients(*shape, steps=8)
+        if first is not None:
+            gradients[2 - 2 * tokens] = gradients[0][:, :1] @ gradients[1][:1] * tokens
+        for G in gradients:
+            W.grad, before = G.clone(), W.detach().clone()
+            optimizer.step()
+        R = owlore.project(W.detach() - before, P := optimizer.state[W]["basis"])
+        moved.append((W.detach() - before - R @ P.T).norm())
+    assert moved[0] > 0.04 * moved[1]  # it is taken up at a tenth of N, where it is at two or three times N
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_precisions_have_a_residual(dtype):
+    W, G = nn.Parameter(torch.zeros(12, 5, dtype=dtype)), random_gradients(12, 5, steps=1)[0]
+    optimizer = ProjectedAdam([{"params": [W], "rank": 2, "residual": True}], lr=0.01, svd="exact")
+    W.grad = G.to(dtype)
+    optimizer.step()
+    expected = reference_steps(torch.zeros(12, 5), [W.grad], 2, 1, 0.01, 1.0, 0.0, True)
+    torch.testing.assert_close(W.detach().double(), expected, atol=2e-5, rtol=0)  # fp16 near 0.03 has steps of 1.5e-5
+
+
+@pytest.mark.parametrize("how", ["from the start", "by another optimizer", "edited"])
+def test_no_weight_moves_before_the_gradient_of_its_input_is_made(how):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(owlore.Linear(20, 30), owlore.Linear(30, 20)), torch.randn(8, 20, requires_grad=True)
+    (expected,) = torch.autograd.grad(net(x).square().sum(), x)
+    group = {"params": list(net.parameters()), "rank": 2, "residual": how == "from the start"}
+    optimizers = [ProjectedAdam([dict(group)], lr=0.5, in_backward=True)]
+    owlore.take_factors(net, optimizers[0])
+    if how == "by another optimizer":
+        optimizers[0].in_backward = False
+        optimizers.append(ProjectedAdam([group | {"residual": True}], lr=0.5, in_backward=True))
+        owlore.take_factors(net, optimizers[1])
+    optimizers[-1].param_groups[0]["residual"] = True
+    before = weights_of(net)
+    y = torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)  # which skips autograd's check for changes
+    y.square().sum().backward()
+    assert torch.equal(x.grad, expected) and not torch.equal(net[0].weight, before[0])
+
+
+@pytest.mark.parametrize("kind", ["linear", "factors", "residual"])
 @pytest.mark.parametrize("parts", [2, 16])
 def test_micro_batches_give_the_weights_of_the_whole_batch(kind, parts):
     """Refreshes included: the basis is the step's, not the first micro-batch's. Same bits but for sums in another order."""
@@ -2053,7 +2141,8 @@ def test_micro_batches_give_the_weights_of_the_whole_batch(kind, parts):
         torch.manual_seed(0)
         linear = nn.Linear if kind == "linear" else lambda a, b: owlore.Linear(a, b)
         net = nn.Sequential(linear(6, 90), nn.Tanh(), linear(90, 80))
-        groups = [{"params": [p for p in net.parameters() if p.dim() == d], **settings} for d, settings in ((2, {"rank": 3, "update_gap": 4}), (1, {}))]  # fmt: skip
+        low_rank = {"rank": 3, "update_gap": 4, "residual": kind == "residual"}
+        groups = [{"params": [p for p in net.parameters() if p.dim() == d], **settings} for d, settings in ((2, low_rank), (1, {}))]  # fmt: skip
         optimizer = ProjectedAdam([g for g in groups if g["params"]], lr=0.02, in_backward=True)
         owlore.take_factors(net, optimizer)
         optimizer.micro_batches = n
@@ -2197,6 +2286,8 @@ def test_defaults_follow_the_model_and_are_the_papers_with_its_active_layers(
     args = train.flag_parser().parse_args([*flags.split(), "--data", "x"])
     args = train.decide_settings(args, ModelConfig(dim=dim, n_layers=n_layers, n_heads=8, vocab_size=32))
     assert (args.active, args.rank, args.embeddings, args.embeddings_lr_ratio) == (active, rank, embeddings, ratio)
+    ours = ratio < 1 or "ratio" in flags  # else as published
+    assert (args.residual, args.norms_lr_ratio) == ((True, 0.1) if ours else (False, 1))
     if dim == 4096:
         assert (args.lr, args.threshold, args.seq_len, args.batch_size, args.update_gap) == (3e-4, 13, 512, 16, 100)
         assert args.interval == {"owlore": 50, "lisa": 3}.get(args.method)
@@ -2239,7 +2330,7 @@ def test_every_method_trains_what_it_should(base, checkpoint, tmp_path, method, 
         assert torch.equal(p, q) != trained, name
 
 
-@pytest.mark.parametrize("method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full"])
+@pytest.mark.parametrize("method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full --no-residual"])
 def test_micro_batches_do_not_change_a_run(method, base, tmp_path):
     """Through draws and new bases; rows differ in length, so a mean of means would differ. The rank is one at which the
     gradients' directions are well above fp32's rounding: Adam makes whole steps of what is below it."""
@@ -2382,21 +2473,22 @@ def test_the_embedded_example_alone_trains_its_embeddings_at_the_whole_rate():
         assert args.embeddings == "projected" and args.embeddings_lr_ratio == ratio
 
 
-@pytest.mark.parametrize("how", ["full", "projected"])
-def test_embedding_and_head_learn_at_a_rate_of_their_own(how, base, checkpoint, tmp_path):
+@pytest.mark.parametrize("what", ["--embeddings full --embeddings", "--embeddings projected --embeddings", "--norms"])
+def test_embeddings_and_norms_learn_at_rates_of_their_own(what, base, checkpoint, tmp_path):
     """Adam's first step is as long as the learning rate, whatever the gradient."""
-    rounding = 1e-6 if how == "projected" else 0  # in two groups, bases are found with other random numbers than in one
+    rounding = (
+        1e-6 if "projected" in what else 0
+    )  # in two groups, bases are found with other random numbers than in one
     moves = []
     for ratio in (1, 0.25):
-        train_run(f"{base} --steps 1 --embeddings {how} --embeddings-lr-ratio {ratio} --out {tmp_path / str(ratio)}")
+        train_run(f"{base} --steps 1 {what}-lr-ratio {ratio} --out {tmp_path / str(ratio)}")
         tuned, source = load_model(tmp_path / str(ratio) / "model"), load_model(checkpoint)
         moves.append({name: p - source.get_parameter(name) for name, p in tuned.named_parameters()})
     for name, move in moves[0].items():
-        if name in ("tok_embeddings.weight", "output.weight"):
-            assert move.abs().max() > 1e-3
-            torch.testing.assert_close(
-                moves[1][name], 0.25 * move, rtol=0, atol=1e-7
-            )  # fp32 near 0.5 has steps of 6e-8
+        if move.dim() == 1 if what == "--norms" else name in ("tok_embeddings.weight", "output.weight"):
+            assert move.abs().max() > 1e-3 or "layers" in name  # some are not drawn
+            steps = 1.2e-7  # of fp32 near 1
+            torch.testing.assert_close(moves[1][name], 0.25 * move, rtol=0, atol=steps)
         else:
             torch.testing.assert_close(moves[1][name], move, rtol=0, atol=rounding)
 
@@ -2643,12 +2735,14 @@ def test_a_finished_run_can_be_extended(base, tmp_path):
 
 @pytest.mark.parametrize("method", ["owlore", "full", "lora"])
 def test_a_run_of_before_a_flag_was_added_has_its_default(method, base, tmp_path):
-    line = f"{base} --steps 12 --method {method}" + " --embeddings-lr-ratio 1" * (method == "owlore")
+    new = "--no-residual --embeddings-lr-ratio 1 --norms-lr-ratio 1"
+    line = f"{base} --steps 12 --method {method} " + new * (method == "owlore")
     train_run(f"{line} --out {tmp_path / 'a'}")
     out = tmp_path / "b"
     assert start_cli(f"{line} --save-every 3 --out {out}", when=reached(out, 4))[0] == -signal.SIGKILL
     saved = json.loads((out / "args.json").read_text())
-    for name in ("pack", "offload", "keep", "threshold", "scale", "save_every", "embeddings_lr_ratio"):
+    flags = "embeddings_lr_ratio norms_lr_ratio residual pack offload keep threshold scale save_every"
+    for name in flags.split():
         del saved[name]
     (out / "args.json").write_text(json.dumps(saved | {"lora_alpha": 2.0 * saved["rank"]}))  # as it was saved once
     for path in out.glob("checkpoints/*/state/state.pt"):
@@ -2834,7 +2928,7 @@ def shared_line(base: str, method: str) -> str:
     return f"{base} {rest} {low_rank} --method {method} {sampled}"
 
 
-@pytest.mark.parametrize("method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full"])
+@pytest.mark.parametrize("method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full --no-residual"])
 def test_two_or_three_processes_train_what_one_does(method, base, tmp_path):
     line = shared_line(base, method)
     train_run(f"{line} --out {tmp_path / '1'}")
@@ -2846,7 +2940,8 @@ def test_two_or_three_processes_train_what_one_does(method, base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", ["owlore --embeddings full", "lisa", "galore", "lora", "full", "owlore --micro-batch-size 11"]
+    "method",
+    ["owlore --embeddings full --no-residual", "lisa", "galore", "lora", "full", "owlore --micro-batch-size 11"],
 )
 def test_weights_in_host_memory_change_nothing(method, base, tmp_path):
     """(Gradients of several micro-batches that FSDP reduces are added up before, not after, they are projected.)"""
@@ -3156,6 +3251,7 @@ def test_bad_data_is_refused(name, content, names, checkpoint, tmp_path):
     "--ckpt nowhere", "--data nothing.txt", "--active 4", "--active 0", "--rank -1", "--rank 0 --method lora", "--rank many",
     "--seq-len 257", "--device cuda:77", "--device abacus", "--method magic", "--active 2 --method galore",
     "--interval 2 --method full", "--lora-alpha 2 --method owlore", "--embeddings frozen --embeddings-lr-ratio 1",
+    "--norms-lr-ratio 1 --method lora", "--residual --method lisa", "--residual --rank 0",
     "--lr nan", "--lr inf", "--lr 0", "--threshold -1",
     "--batch-size 0", "--scale nan", "--weight-decay -1", "--sped 1", "--seed -1", "--lr 1e300",
     "--seed 100000000000000000000", "--rank 65 --method lora", "--micro-batch-size 5",
@@ -3176,7 +3272,7 @@ def test_numbers_out_of_range_are_refused_in_every_command(name, checkpoint, jso
     monkeypatch.chdir(tmp_path)
     flags = re.findall(r"(--[\w-]+) [A-Z_]{2,}\b", cli("--help", COMMANDS[name])[1])
     words = {"--ckpt", "--data", "--val-data", "--out", "--prompt", "--device", "--export"}
-    assert len(numbers := set(flags) - words) == {"train": 20, "owlore": 1, "model": 4}[name]
+    assert len(numbers := set(flags) - words) == {"train": 21, "owlore": 1, "model": 4}[name]
     line = f"--ckpt {checkpoint}" + f" --data {jsonl}" * (name != "model")
     for flag in sorted(numbers):
         for value in ("nan", "inf", "-1", "1" + "0" * 20, "many", "9999" if flag == "--threshold" else "-0.5"):
@@ -3300,7 +3396,8 @@ def test_the_memory_benchmark_counts_the_state_of_every_method(method, monkeypat
         "galore": sum(4 * 8 * (2 * max(m, n) + min(m, n)) for m, n in shapes) + norms,
         "lora": sum(8 * 8 * (m + n) for m, n in shapes),
     }
-    layer |= {"lisa": layer["full"], "owlore": layer["galore"]}
+    lengths = sum(4 * (max(shape) + 1) for shape in shapes)  # of the rows of N, and the residual's norm
+    layer |= {"lisa": layer["full"], "owlore": layer["galore"] + lengths}
     trained = 3 if train.METHODS[method].sampling else 4
     assert counted["state"] == trained * layer[method] + ends * (method != "lora")
     assert counted["predicted"] > counted["weights"] + counted["state"]

@@ -156,8 +156,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def training_step(model: Transformer, optimizer: ProjectedAdam, batches: list, max_norm: float) -> tuple[float, float]:
-    """One optimizer step on the micro-batches of `step_batches`, skipped if loss or gradients are not finite. Returns
-    the mean loss over all targets, in nats, and the norm of the gradients before clipping."""
+    """One optimizer step on the micro-batches of `step_batches`, skipped if loss or gradients are not finite (but what
+    ProjectedAdam's residual adds, it adds before). Returns the mean loss over all targets, in nats, and the norm of the
+    gradients before clipping."""
     optimizer.zero_grad()
     optimizer.micro_batches = len(batches)
     loss = 0.0
@@ -212,17 +213,19 @@ def how_trained(name: str, parameter: Tensor, args: argparse.Namespace) -> str:
 
 
 def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAdam:
-    """A group of projected parameters and one of plain ones, and others of embedding and head if these learn at a rate
-    of their own. What is left is frozen."""
+    """A group of projected parameters and one of plain ones, and others where embedding and head or norms are trained
+    otherwise. What is left is frozen."""
     settings = {"plain": {}, "projected": {"rank": args.rank, "update_gap": args.update_gap, "scale": args.scale}}
     groups = {}
     for name, parameter in model.named_parameters():
         kind = how_trained(name, parameter, args)
         parameter.requires_grad_(kind != "frozen")
         if kind != "frozen":
-            ratio = args.embeddings_lr_ratio if is_embedding(name, parameter) else 1.0
-            new = {"params": [], "lr_ratio": ratio, **settings[kind]}
-            groups.setdefault((kind, ratio), new)["params"].append(parameter)
+            embedding = is_embedding(name, parameter)
+            ratio = args.embeddings_lr_ratio if embedding else args.norms_lr_ratio if parameter.dim() == 1 else 1.0
+            residual = args.residual and kind == "projected" and not embedding
+            new = {"params": [], "lr_ratio": ratio, "residual": residual, **settings[kind]}
+            groups.setdefault((kind, ratio, residual), new)["params"].append(parameter)
     used = [groups[key] for key in sorted(groups)]
     optimizer = ProjectedAdam(used, args.lr, weight_decay=args.weight_decay, svd=args.svd, in_backward=True)
     owlore.take_factors(model, optimizer)
@@ -235,9 +238,9 @@ def parameter_sizes(model: Transformer, args: argparse.Namespace) -> Iterator[tu
     for name, p in model.named_parameters():
         kind, inside, weight = how_trained(name, p, args), name.startswith("layers."), p.numel() * p.element_size()
         gradient, state = (weight, 8 * p.numel()) if kind == "plain" else (0, 0)
-        if kind == "projected":  # R; its two moments and the basis
+        if kind == "projected":  # R; its two moments and the basis, and for the residual the lengths of N's rows
             R, basis = (4 * min(args.rank, *p.shape) * side for side in (max(p.shape), min(p.shape)))
-            gradient, state = R, 2 * R + basis
+            gradient, state = R, 2 * R + basis + 4 * (max(p.shape) + 1) * (args.residual and inside)
         share = args.active / model.config.n_layers if args.sampling and inside else 1
         yield kind, inside, weight, gradient * share, state * share
 
@@ -253,9 +256,12 @@ def step_memory(model: Transformer, args: argparse.Namespace) -> int:
     c, size, tokens = model.config, model.output.weight.element_size(), args.micro_batch_size * args.seq_len
     sharded, parts = args.offload or processes() > 1, math.inf if args.offload else processes()
     held, ends, blocks, whole = 0, 0, 0, 0  # weights with their state; gradients of embedding and head; of blocks
+    share = args.active / c.n_layers if args.sampling else 1  # of the layers, that is trained
     for kind, inside, weight, gradient, state in parameter_sizes(model, args):
         if kind == "projected":
             whole = max(whole, weight)  # one gradient is, at a time
+            if sharded and inside and args.residual:  # for which they all wait, shared out
+                gradient += share * weight / parts
         else:
             gradient, state = gradient / (parts if inside and sharded else 1), state / parts
         held += weight / parts + state
@@ -268,10 +274,10 @@ def step_memory(model: Transformer, args: argparse.Namespace) -> int:
     # up; if it is trained also the inputs of its linears and of the norms' weights
     frozen = 2 * c.dim + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * c.hidden_dim
     trained = frozen + (2 if args.method == "lora" else 4) * c.dim + c.hidden_dim
-    share = args.active / c.n_layers if args.sampling else 1  # of the layers, that is trained
     kept, working = c.n_layers * (share * trained + (1 - share) * frozen), 2 * c.hidden_dim
     if args.recompute:  # its first input, and all the rest only while its backward pass runs
         kept, working = c.n_layers * c.dim, trained + 2 * c.hidden_dim * (args.method == "lora")
+    working += c.hidden_dim * args.residual  # see owlore.Linear
     kept, working, output = (n * tokens * size for n in (kept, working, c.dim))
     more = args.micro_batch_size * processes() < args.batch_size  # micro-batches: the gradients before are there
     head = ends if more else ends / 2  # the embedding's comes last
@@ -389,16 +395,18 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--out", help="run folder (default: the first free of runs/NAME, runs/NAME-2, ...)")
     add("--method", choices=METHODS, default="owlore", help="default: %(default)s")
     add("--sampling", choices=("outlier", "uniform", "reverse", "increasing", "decreasing"), help="how layers are drawn (default: owlore outlier, lisa uniform)")
-    add("--active", type=at_least(1), help="layers trained at a time (default: 20 of every 32, lisa 2, owlore --rank 0 5; the paper's 5 sets its --rank and --embeddings too)")
+    add("--active", type=at_least(1), help="layers trained at a time (default: 20 of every 32, lisa 2, owlore --rank 0 5; the paper's 5 sets the other defaults as in the paper, too)")
     add("--interval", type=at_least(1), help="optimizer steps between two draws (default: 50, lisa 3)")
     add("--rank", type=at_least(0), help=f"of the projection (default: dim / 16; owlore less with more than the paper's 5 of 32 layers active, for the same memory: 64 for a 7B), 0 for owlore without projection; of lora's additions (default: dim / 128); at least {MIN_RANK}")
     add("--lora-alpha", type=positive, help="lora's additions count alpha / rank (default: twice the rank)")
     add("--update-gap", type=at_least(1), default=100, help="steps of a matrix between two projections (default: %(default)s)")
     add("--scale", type=positive, default=1.0, help="of the projected update (default: %(default)s)")
+    add("--residual", action=argparse.BooleanOptionalAction, help="also follow what of a gradient the projection leaves out; in several micro-batches, and on several cards, whole gradients wait for it (default: owlore, but not with --rank 0 or at most the paper's --active)")
     add("--svd", choices=("randomized", "exact"), default="randomized", help="default: %(default)s")
     add("--threshold", type=at_least(1e-12, float, 1000), help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")
     add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: owlore projected, lora frozen, others full, and so owlore with --rank 0 or at most the paper's --active)")
     add("--embeddings-lr-ratio", type=positive, help="their learning rate, times --lr (default: owlore 0.1, others 1, and so owlore with --rank 0 or at most the paper's --active, and the embedded example)")
+    add("--norms-lr-ratio", type=at_least(0, float), help="that of the norms' weights, times --lr (default: owlore 0.1, others 1, and so owlore with --rank 0 or at most the paper's --active)")
     add("--lr", type=positive, help="peak learning rate, falling linearly to zero (default: 3e-4 * (4096 / dim)^0.75, which is 3e-4 for a 7B)")
     add("--weight-decay", type=at_least(0, float), default=0.0, help="default: %(default)s")
     add("--max-grad-norm", type=positive, default=1.0, help="clip gradients to this norm (default: %(default)s)")
@@ -427,7 +435,8 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     file = Path(args.out or "") / "args.json"
     if args.resume and args.out and file.exists():
-        saved = {"embeddings_lr_ratio": 1.0} | read_json(file)  # of runs older than that flag
+        older = {"embeddings_lr_ratio": 1.0, "norms_lr_ratio": 1.0, "residual": False}
+        saved = older | read_json(file)  # runs that are older than these flags have none
         unknown = saved.keys() - vars(args).keys()
         if unknown or not saved.keys() > {"ckpt", "data", "lr"}:
             problem = f"has unknown settings, {', '.join(sorted(unknown))}" if unknown else "damaged"
@@ -435,8 +444,9 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
         begun_with = argparse.Namespace(**saved | {"resume": True, "out": args.out})
         args = parser.parse_args(namespace=begun_with)  # which flags that are given override
         for name in saved.keys() - MAY_CHANGE - {"ckpt" if args.method != "lora" else ""}:  # lora goes on from --ckpt
-            if getattr(args, name) != saved[name]:
-                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            if (value := getattr(args, name)) != saved[name]:
+                flag = name.replace("_", "-")
+                flag = f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag} {value}"
                 raise InputError(f"{flag}: the run in {args.out} has {saved[name]}; leave the flag out")
         if args.epochs != saved.get("epochs") and args.steps == saved.get("steps"):
             args.steps = None  # which it was begun with
@@ -452,8 +462,8 @@ def read_config(args: argparse.Namespace) -> ModelConfig:
 
 
 def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
-    """Give each flag that was left out its value. At 7B they are the published ones, but for the layers, their rank, and
-    embedding and head. Raises InputError for flags that do not go together or that the model cannot follow."""
+    """Give each flag that was left out its value. At 7B they are the published ones, but for the layers, their rank, the
+    residual, and how norms, embedding and head learn. Raises InputError for flags that do not go together or that the model cannot follow."""
     method, lora = METHODS[args.method], args.method == "lora"
 
     def require(condition: object, message: str) -> None:
@@ -483,10 +493,12 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
         "active": method.sampling and active,
         "interval": method.interval,
         "rank": rank,
+        "residual": more,
         "lora_alpha": 2.0 * (args.rank or rank) if lora else None,
         "threshold": owlore.default_threshold(config.dim),
         "embeddings": "frozen" if lora else "projected" if more else "full",
         "embeddings_lr_ratio": 0.1 if more and not example else 1.0,  # the example's format is new: see `comment`
+        "norms_lr_ratio": 0.1 if more else 1.0,
         "lr": 3e-4 * (4096 / config.dim) ** 0.75,
         "seq_len": min(512, config.max_seq_len),
         "dtype": "bf16" if args.device.startswith("cuda") else "fp32",
@@ -495,8 +507,10 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     args = argparse.Namespace(**vars(args) | defaults | given)
 
     plain = args.method == "owlore" and args.embeddings != "projected"
-    useless = "embeddings_lr_ratio" in given and args.embeddings == "frozen" and not args.resume
-    require(not useless, "--embeddings-lr-ratio: --embeddings frozen has no use for it; leave it out")
+    useless = {"embeddings": args.embeddings == "frozen", "norms": lora}  # what is frozen
+    for name in (name for name, frozen in useless.items() if frozen and not args.resume):
+        require(f"{name}_lr_ratio" not in given, f"--{name}-lr-ratio: {name} are frozen; leave it out")
+    require(method.projection and args.rank or not args.residual, "--residual: no layer is projected; leave it out")
     require(args.rank or plain, "--rank 0 is owlore without projection; give another, or leave it out")
     limits = {"seq_len": (config.max_seq_len, "context is"), "active": (config.n_layers, "layers are")}
     for name, (most, what) in (limits | {"rank": (config.dim, "width is")} if lora else limits).items():

@@ -88,10 +88,7 @@ class ResetMoments(ProjectedAdam):
 
 
 class Fira(ProjectedAdam):
-    """Adds what of the gradient lies outside the basis, as much larger in each row or column of R as Adam makes R there
-    (Fira, arXiv 2410.01623). It holds whole gradients until the step: this is about losses, not about memory."""
-
-    GROWTH = 1.01  # the most by which the norm of that part grows in a step
+    """The residual as Fira has it (arXiv 2410.01623), with |N| of the same step: whole gradients wait until then."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs | {"in_backward": False})
@@ -108,8 +105,24 @@ class Fira(ProjectedAdam):
         gain = N.norm(dim=int(tall), keepdim=True) / R.norm(dim=int(tall), keepdim=True).clamp(min=1e-30)
         outside = gain * (g - (R @ P.T if tall else P @ R))
         norm = outside.norm()
-        state["outside"] = torch.minimum(norm, self.GROWTH * state.get("outside", norm))
+        state["outside"] = torch.minimum(norm, owlore.MAX_GROWTH * state.get("outside", norm))
         p.add_(outside * (state["outside"] / norm.clamp(min=1e-30)), alpha=-group["lr"] * group["scale"])
+
+
+class Warmup(ProjectedAdam):
+    """The learning rate rises linearly in the first six steps."""
+
+    taken = 0
+
+    def step(self) -> None:
+        self.taken += 1
+        for group in self.param_groups:
+            group["lr"] *= min(1, self.taken / 6)  # train.py sets it anew for each step
+        super().step()
+
+
+class FiraWarmup(Warmup, Fira):
+    """Both."""
 
 
 class Parked(ProjectedAdam):
@@ -133,49 +146,14 @@ class Turns(LayerSampler):
         return self.drawn
 
 
-class Warmup(ProjectedAdam):
-    """The learning rate rises linearly in the first six steps."""
-
-    taken = 0
-
-    def step(self) -> None:
-        self.taken += 1
-        for group in self.param_groups:
-            group["lr"] *= min(1, self.taken / 6)  # train.py sets it anew for each step
-        super().step()
-
-
-class SlowNorms(ProjectedAdam):
-    """Norms learn at a tenth of the rate: about as far as the entries of a projected matrix move, sqrt(rank / n) of it.
-    (So do embedding and head where they are trained in full.)"""
-
-    share = 0.1
-
-    def step(self) -> None:
-        for group in self.param_groups:
-            group["lr"] *= self.share if group["rank"] is None else 1
-        super().step()
-
-
-class FrozenNorms(SlowNorms):
-    """Norms stay as they are, as in LoRA."""
-
-    share = 0.0
-
-
-class SlowNormsWarmup(Warmup, SlowNorms):
-    """Both."""
-
-
-class FiraSlowNormsWarmup(Warmup, SlowNorms, Fira):
-    """All three."""
-
-
 def random_basis(gradient: Tensor, rank: int, svd: str) -> Tensor:
     """Random directions, not the gradient's leading ones: what LoRA's A has at first (Flora, arXiv 2402.03293)."""
     generator = torch.Generator(gradient.device).manual_seed(abs(hash(gradient.sum().item())))
     return torch.linalg.qr(torch.randn(min(gradient.shape), rank, device=gradient.device, generator=generator)).Q
 
+
+SLOW = {"norms_lr_ratio": 0.1}
+RESIDUAL = {"residual": True} | SLOW  # train.py's defaults with more than the published active layers
 
 FLOOR = 0.5  # of the uniform probability: no layer's falls below
 
@@ -190,13 +168,10 @@ CHANGES = {
     "keep": patch.object(train, "ProjectedAdam", KeepMoments),
     "reset": patch.object(train, "ProjectedAdam", ResetMoments),
     "fira": patch.object(train, "ProjectedAdam", Fira),
+    "warmup": patch.object(train, "ProjectedAdam", Warmup),
+    "fira, warmup": patch.object(train, "ProjectedAdam", FiraWarmup),
     "parked": patch.object(train, "ProjectedAdam", Parked),
     "turns": patch.object(train, "LayerSampler", Turns),
-    "warmup": patch.object(train, "ProjectedAdam", Warmup),
-    "norms": patch.object(train, "ProjectedAdam", SlowNorms),
-    "no norms": patch.object(train, "ProjectedAdam", FrozenNorms),
-    "norms, warmup": patch.object(train, "ProjectedAdam", SlowNormsWarmup),
-    "fira, norms, warmup": patch.object(train, "ProjectedAdam", FiraSlowNormsWarmup),
     "beta2": patch.object(train, "ProjectedAdam", partial(ProjectedAdam, betas=(0.9, 0.95))),
     "random": patch.object(owlore, "projection_basis", random_basis),
     "floor": patch.object(train, "sampling_probabilities", floored),
@@ -209,12 +184,18 @@ def complete(args: argparse.Namespace, flags: dict) -> dict:
     """OwLore's and GaLore's flags with the published numbers in place of those left out, but at least 4 layers and rank
     32: what a study says of them does not change with train.py's defaults."""
     if flags["method"] == "galore":
-        return {"rank": max(32, args.config.dim // 16), "update_gap": 100, "embeddings": "full"} | flags
+        return {
+            "rank": max(32, args.config.dim // 16),
+            "update_gap": 100,
+            "residual": False,
+            "embeddings": "full",
+        } | flags
     if flags["method"] != "owlore":
         return flags
     active, rank = math.ceil(args.config.n_layers * 5 / 32), args.config.dim // 16
     known = {"sampling": "outlier", "active": min(max(4, active), args.config.n_layers), "interval": 50}
-    known |= {"rank": max(32, rank), "update_gap": 100, "embeddings": "full"} | flags
+    known |= {"rank": max(32, rank), "update_gap": 100, "embeddings": "full"}
+    known |= {"residual": False, "norms_lr_ratio": 1.0} | flags
     return known if known["embeddings"] == "frozen" else {"embeddings_lr_ratio": 1.0} | known
 
 
@@ -269,7 +250,12 @@ def command_line(args: argparse.Namespace, flags: dict) -> list[str]:
     flags["eval_every"] = flags["steps"] or 2**31 - 1  # an evaluation on the way would only cost time
     given = {flag: value for flag, value in flags.items() if value is not None}
     pairs = [(f"--{flag.replace('_', '-')}", value) for flag, value in given.items()]
-    return [t for flag, value in pairs if value is not False for t in ([flag] if value is True else [flag, str(value)])]
+    switches = {True: "--", False: "--no-"}
+    return [
+        word
+        for flag, value in pairs
+        for word in ([flag.replace("--", switches[value])] if isinstance(value, bool) else [flag, str(value)])
+    ]
 
 
 def fill(args: argparse.Namespace, flags: dict) -> argparse.Namespace:
@@ -506,7 +492,7 @@ the rate that is best for outlier. Floored: no probability is below {FLOOR:g} / 
 
 def budget(args: argparse.Namespace) -> str:
     """Few layers at a high rank or many at a low one: as many as fit the memory of LoRA, of LISA, and as published,
-    where also all layers at the highest rank that fits are tried."""
+    where also all layers at the highest rank that fits are tried; and what train.py does."""
     L, most = args.config.n_layers, args.config.dim // 16
     ranks = [4 * most, *(max(1, most // n) for n in (1, 2, 4))]
     base = {"method": "owlore", "embeddings": "frozen", **redrawn(args, 10)}
@@ -522,10 +508,14 @@ def budget(args: argparse.Namespace) -> str:
             fitting = bisect.bisect_right(ways, limit, key=lambda way: memory(args, way)["predicted"])
             if fitting and ways[fitting - 1] not in flags.values():
                 flags[f"owlore, rank {ways[fitting - 1]['rank']}, {owner} memory"] = ways[fitting - 1]
+    slow_embeddings = {"embeddings": "projected", "embeddings_lr_ratio": 0.1}
+    flags["owlore, residual, all layers"] = many_layers(args, L) | RESIDUAL
+    flags["owlore, residual, train.py's default"] = many_layers(args) | RESIDUAL | slow_embeddings
     flags["full"] = {"method": "full", "embeddings": "frozen"}
     rows = [search(args, name, row) for name, row in flags.items()]
-    return f"""Embedding and head are frozen in all of them, and OwLore draws its layers ten times in a run. What has all
-layers active draws none, and is GaLore. As published are 5 of 32 layers at rank dim / 16.
+    return f"""Embedding and head are frozen in all of them but train.py's default, and OwLore draws its layers ten times in a
+run. What has all layers active draws none, and is GaLore. As published are 5 of 32 layers at rank dim / 16. Residual:
+that too, and norms at a tenth of the rate.
 
 {compare(args, rows, "lora")}"""
 
@@ -563,19 +553,22 @@ def projection(args: argparse.Namespace) -> str:
     base = many_layers(args, args.config.n_layers)
     rows = [search(args, "all layers", base)]
     slow, fast = (float(f"{times * rows[0].flags['lr'] if rows[0] else 1:.2g}") for times in (0.3, 3))
-    ways = {"warm-up": ({}, "warmup"), "beta2 0.95": ({}, "beta2"), "norms slower": ({}, "norms"),
-            "norms frozen": ({}, "no norms"), "new bases every 10 steps": ({"update_gap": 10}, ""),
+    ways = {"warm-up": ({}, "warmup"), "norms slower": (SLOW, ""), "norms frozen": ({"norms_lr_ratio": 0.0}, ""),
+            "beta2 0.95": ({}, "beta2"), "new bases every 10 steps": ({"update_gap": 10}, ""),
             "scale 3, norms slower": ({"scale": 3.0, "lr": slow}, ""), "scale 6": ({"scale": 6.0, "lr": slow}, ""),
-            "random bases": ({}, "random"), "random bases, three times the rate": ({"lr": fast}, "random")}  # fmt: skip
+            "random bases": ({}, "random"), "random bases, three times the rate": ({"lr": fast}, "random"),
+            "residual, norms slower": (RESIDUAL, "")}  # fmt: skip
     for name, (flags, change) in ways.items() if rows[0] else ():
         like = rows[0]._replace(flags=rows[0].flags | {"lr": flags.pop("lr", rows[0].flags["lr"])})
         rows.append(search(args, name, base | flags, change, like=like))
-    rows.append(search(args, "the gradient's rest too (Fira)", base, "fira"))
-    rows.append(search(args, "norms slower, warm-up", base, "norms, warmup"))
-    rows.append(search(args, "Fira, norms slower, warm-up", base, "fira, norms, warmup"))
+    rows.append(search(args, "norms slower, warm-up", base | SLOW, "warmup"))
+    rows.append(search(args, "Fira's residual", base, "fira"))
+    rows.append(search(args, "Fira's residual, norms slower, warm-up", base | SLOW, "fira, warmup"))
     return f"""All layers are active at rank dim / 64, embedding and head frozen; this is GaLore. Warm-up: the rate rises in the
-first six steps. Norms slower: at a tenth of the rate, or at 0.3 of it with scale 3. The first and the last three rows
-have their own best rate, the others that of the first, or {slow:g} where the scale makes up for it.
+first six steps. Norms slower: at a tenth of the rate, or at 0.3 of it with scale 3. Residual: that of
+owlore.py, which has Adam's gain of the step before; Fira's has that of the step itself, for which whole gradients must
+wait. The first and the last three rows have their own best rate, the others that of the first, or {slow:g} where the
+scale makes up for it.
 
 {compare(args, rows, "all layers")}"""
 
@@ -799,6 +792,7 @@ def losses_over_memory(name: str, tasks: dict[str, dict[str, dict[str, str]]]) -
             if state := cell["optimizer state, MiB"]:
                 loss, _, spread = cell["loss"].partition(" ± ")
                 label = f"owlore, rank {cell['rank']:>2}" if row.startswith("owlore") else row
+                label = "owlore, residual" if "residual" in row else label
                 numbers = float(state), float(loss.split()[0]), float(spread.split()[0] if spread else 0)
                 groups.setdefault(label, []).append((task, *numbers, cell["active"].split()[0]))
     for label, points in sorted(groups.items()):
