@@ -201,7 +201,7 @@ class LayerSampler:
 
 # 3. Project
 
-# Of a residual's norm, from one step to the next; one that was hardly there, of |N|, is taken for this much
+# How much the norm of a residual may grow in a step. After one of next to nothing it grows from this share of |N|.
 MAX_GROWTH, LEAST = 1.01, 0.1
 
 
@@ -307,13 +307,13 @@ class ProjectedAdam(torch.optim.Optimizer):
         return R
 
     def _add_residual(self, group: dict, p: Tensor, G: Tensor, R: Tensor) -> None:
-        """W_i = W_i - lr scale (|N_i| / |R_i|) S_i, with S = G - R P^T, within its limits; nothing if G is not finite."""
+        """W_i = W_i - lr scale (|N_i| / |R_i|) S_i, with S = G - R P^T, within limits; nothing if G is not finite."""
         state, dim = self.state[p], int(is_tall(p))
         wide = torch.promote_types(G.dtype, torch.float32)
         inside = R.norm(dim=dim, keepdim=True).clamp(min=1e-30)  # |R_i|, [m, 1] or [1, n]
-        all_of_it = torch.linalg.vector_norm(G, dim=dim, keepdim=True, dtype=wide).float().clamp(min=1e-30)  # |G_i|
+        total = torch.linalg.vector_norm(G, dim=dim, keepdim=True, dtype=wide).float().clamp(min=1e-30)  # |G_i|
         # P is orthonormal, so |S_i|^2 = |G_i|^2 - |R_i|^2: lengths are known before anything is made.
-        outside = all_of_it * (1 - (inside / all_of_it).square()).clamp(min=0).sqrt()
+        outside = total * (1 - (inside / total).square()).clamp(min=0).sqrt()
         lengths = state.get("lengths", torch.full_like(inside, R.shape[dim] ** 0.5))  # |N_i|
         length = (lengths * outside / inside).clamp(max=G.shape[dim] ** 0.5)
         norm = length.norm()
@@ -372,6 +372,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         rank, update_gap, svd = group["rank"], group["update_gap"], group["svd"]
         if rank is not None and not all(isinstance(n, int) and n >= 1 for n in (rank, update_gap)):
             raise ValueError(f"rank {rank} and update_gap {update_gap} must be integers, at least 1")
+        if rank is None and group["residual"]:
+            raise ValueError("a residual is what a projection leaves out: give its group a rank")
         if svd not in ("randomized", "exact"):
             raise ValueError(f"svd {svd!r} is not randomized or exact")
         for p in group["params"]:
@@ -718,10 +720,11 @@ class Linear(nn.Linear):
         return self.__dict__ | {"taker": None}  # no optimizer has a copy's weight yet
 
     def forward(self, x: Tensor) -> Tensor:
-        optimizer, p = (reference() for reference in self.taker or (lambda: None, lambda: None))
+        if not self.weight.requires_grad or self.taker is None:
+            return F.linear(x, self.weight)
+        optimizer, p = (reference() for reference in self.taker)
         group = projected_group(p, optimizer)
-        # A residual needs G itself, and W must not move before the gradient of x is made.
-        if not self.weight.requires_grad or self.taker is None or (group is not None and group["residual"]):
+        if group is not None and group["residual"]:  # for which W moves as soon as G is there: x's gradient comes first
             return F.linear(x, self.weight)
         # Autograd runs WeightGradient's backward pass first, then x is free, then that of F.linear for x alone.
         return WeightGradient.apply(F.linear(x, self.weight.detach()), x, self.weight, self)

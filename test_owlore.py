@@ -1696,6 +1696,7 @@ def test_optimizer_refuses_what_it_cannot_do():
     W, b = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3))
     for group, options in (
         ({"params": [W], "rank": 0}, {}),
+        ({"params": [W], "residual": True}, {}),
         ({"params": [b], "rank": 2}, {}),
         ({"params": [W], "rank": 2, "update_gap": 0}, {}),
         ({"params": [W], "rank": 2.0}, {}),
@@ -2476,9 +2477,8 @@ def test_the_embedded_example_alone_trains_its_embeddings_at_the_whole_rate():
 @pytest.mark.parametrize("what", ["--embeddings full --embeddings", "--embeddings projected --embeddings", "--norms"])
 def test_embeddings_and_norms_learn_at_rates_of_their_own(what, base, checkpoint, tmp_path):
     """Adam's first step is as long as the learning rate, whatever the gradient."""
-    rounding = (
-        1e-6 if "projected" in what else 0
-    )  # in two groups, bases are found with other random numbers than in one
+    # In two groups, bases are found with other random numbers than in one.
+    rounding = 1e-6 if "projected" in what else 0
     moves = []
     for ratio in (1, 0.25):
         train_run(f"{base} --steps 1 {what}-lr-ratio {ratio} --out {tmp_path / str(ratio)}")
@@ -2591,7 +2591,9 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("method", [*train.METHODS, "owlore --embeddings projected --embeddings-lr-ratio 0.1"])
+@pytest.mark.parametrize(
+    "method", [*train.METHODS, "owlore --residual --embeddings projected --embeddings-lr-ratio 0.1"]
+)
 def test_resuming_continues_bit_for_bit(method, base, tmp_path):
     # in bf16 stochastic rounding draws random numbers; an epoch is 8 steps
     line = f"{base} --batch-size 8 --steps 14 --method {method} --dtype bf16 --micro-batch-size 3 --update-gap 2 --save-every 5"

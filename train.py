@@ -463,7 +463,8 @@ def read_config(args: argparse.Namespace) -> ModelConfig:
 
 def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
     """Give each flag that was left out its value. At 7B they are the published ones, but for the layers, their rank, the
-    residual, and how norms, embedding and head learn. Raises InputError for flags that do not go together or that the model cannot follow."""
+    residual, and how norms, embedding and head learn. Raises InputError for flags that do not go together or that the
+    model cannot follow."""
     method, lora = METHODS[args.method], args.method == "lora"
 
     def require(condition: object, message: str) -> None:
