@@ -4,6 +4,7 @@
     sampling    OwLore with each way to draw layers, and with a floor under the probabilities
     budget      few layers at a high rank or many at a low one, within the memory of LoRA, of LISA and as published
     draws       train.py's default layers drawn in turns, uniformly, and with the moments of resting layers kept
+    residual    train.py's default with and without what the projection leaves out of the gradient
     projection  all layers at a low rank: warm-up, another beta2, other gaps and scales, and the rest of the gradient
     moments     what becomes of Adam's moments when the basis changes: kept, reset, or the first one rotated into it
     layers      active layers x rank, at equal tokens, equal time and equal memory, also as a picture
@@ -184,12 +185,7 @@ def complete(args: argparse.Namespace, flags: dict) -> dict:
     """OwLore's and GaLore's flags with the published numbers in place of those left out, but at least 4 layers and rank
     32: what a study says of them does not change with train.py's defaults."""
     if flags["method"] == "galore":
-        return {
-            "rank": max(32, args.config.dim // 16),
-            "update_gap": 100,
-            "residual": False,
-            "embeddings": "full",
-        } | flags
+        return {"rank": max(32, args.config.dim // 16), "update_gap": 100, "embeddings": "full"} | flags
     if flags["method"] != "owlore":
         return flags
     active, rank = math.ceil(args.config.n_layers * 5 / 32), args.config.dim // 16
@@ -250,12 +246,10 @@ def command_line(args: argparse.Namespace, flags: dict) -> list[str]:
     flags["eval_every"] = flags["steps"] or 2**31 - 1  # an evaluation on the way would only cost time
     given = {flag: value for flag, value in flags.items() if value is not None}
     pairs = [(f"--{flag.replace('_', '-')}", value) for flag, value in given.items()]
-    switches = {True: "--", False: "--no-"}
-    return [
-        word
-        for flag, value in pairs
-        for word in ([flag.replace("--", switches[value])] if isinstance(value, bool) else [flag, str(value)])
-    ]
+    words = []
+    for flag, value in pairs:
+        words += [flag if value is True else flag.replace("--", "--no-") if value is False else f"{flag}={value}"]
+    return words
 
 
 def fill(args: argparse.Namespace, flags: dict) -> argparse.Namespace:
@@ -541,11 +535,22 @@ def draws(args: argparse.Namespace) -> str:
     ways["drawn 60 times, kept"] = redrawn(args, 60), "parked"
     for name, (flags, change) in ways.items() if rows[0] else ():
         rows.append(search(args, name, base | flags, change, like=rows[0]))
-    return f"""Embedding and head are frozen, and layers drawn ten times in a run but where it is said. Independent: as train.py does. In turns: those
-that are furthest behind their share p_l * active, which draws likely layers still more often. Kept: what a layer had
+    return f"""Embedding and head are frozen, and layers drawn ten times in a run but where it is said. Independent: as train.py
+does. In turns: those that are furthest behind their share p_l * active, which draws likely layers still more often. Kept: what a layer had
 when it was active last, not counted as memory here. All rows learn at the rate that is best for the first.
 
 {compare(args, rows, "independent")}"""
+
+
+def residual(args: argparse.Namespace) -> str:
+    """train.py's default, with and without what the projection leaves out of the gradient."""
+    base = many_layers(args) | {"embeddings": "projected", "embeddings_lr_ratio": 0.1}
+    rows = [search(args, "without", base), search(args, "with", base | RESIDUAL)]
+    rows.append(search(args, "with, and a warm-up", base | RESIDUAL, "warmup"))
+    return f"""OwLore has 20 of 32 layers active at rank dim / 64, draws them ten times in a run, and projects embedding and head,
+at a tenth of the rate. With: norms learn at a tenth of the rate, too. Warm-up: the rate rises in the first six steps.
+
+{compare(args, rows, "without")}"""
 
 
 def projection(args: argparse.Namespace) -> str:
@@ -714,7 +719,7 @@ def packing(args: argparse.Namespace) -> str:
 
 STUDIES = {
     study.__name__: study
-    for study in (methods, sampling, budget, draws, projection, moments, layers, recipe, embeddings, packing)
+    for study in (methods, sampling, budget, draws, residual, projection, moments, layers, recipe, embeddings, packing)
 }
 
 # The results file
