@@ -126,6 +126,13 @@ class FiraWarmup(Warmup, Fira):
     """Both."""
 
 
+class Twice(ProjectedAdam):
+    """The residual's step is twice as long."""
+
+    def _add_residual(self, group: dict, p: Tensor, G: Tensor, R: Tensor) -> None:
+        super()._add_residual(group | {"scale": 2 * group["scale"]}, p, G, R)
+
+
 class Parked(ProjectedAdam):
     """A resting layer's moments, with the basis they belong to, wait for its next turn, as in host memory."""
 
@@ -171,6 +178,8 @@ CHANGES = {
     "fira": patch.object(train, "ProjectedAdam", Fira),
     "warmup": patch.object(train, "ProjectedAdam", Warmup),
     "fira, warmup": patch.object(train, "ProjectedAdam", FiraWarmup),
+    "twice": patch.object(train, "ProjectedAdam", Twice),
+    "growth": patch.object(owlore, "MAX_GROWTH", 1e9),
     "parked": patch.object(train, "ProjectedAdam", Parked),
     "turns": patch.object(train, "LayerSampler", Turns),
     "beta2": patch.object(train, "ProjectedAdam", partial(ProjectedAdam, betas=(0.9, 0.95))),
@@ -200,8 +209,8 @@ class Unfinished(Exception):
 
 
 def checksum(args: argparse.Namespace) -> int:
-    """Of the checkpoint and the data."""
-    files = sorted(path for path in Path(args.ckpt).iterdir() if path.is_file())
+    """Of the checkpoint and the data; not of config.json, which may say the same in other words."""
+    files = sorted(path for path in Path(args.ckpt).iterdir() if path.is_file() and path.name != "config.json")
     files += [Path(path) for path in (args.data, args.val_data) if path]
     total = 0
     try:
@@ -562,7 +571,8 @@ def projection(args: argparse.Namespace) -> str:
             "beta2 0.95": ({}, "beta2"), "new bases every 10 steps": ({"update_gap": 10}, ""),
             "scale 3, norms slower": ({"scale": 3.0, "lr": slow}, ""), "scale 6": ({"scale": 6.0, "lr": slow}, ""),
             "random bases": ({}, "random"), "random bases, three times the rate": ({"lr": fast}, "random"),
-            "residual, norms slower": (RESIDUAL, "")}  # fmt: skip
+            "residual, norms slower": (RESIDUAL, ""), "residual twice as long, norms slower": (RESIDUAL, "twice"),
+            "residual free to grow, norms slower": (RESIDUAL, "growth")}  # fmt: skip
     for name, (flags, change) in ways.items() if rows[0] else ():
         like = rows[0]._replace(flags=rows[0].flags | {"lr": flags.pop("lr", rows[0].flags["lr"])})
         rows.append(search(args, name, base | flags, change, like=like))
