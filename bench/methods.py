@@ -566,12 +566,13 @@ def projection(args: argparse.Namespace) -> str:
     """All layers at a low rank, with one thing changed at a time."""
     base = many_layers(args, args.config.n_layers)
     rows = [search(args, "all layers", base)]
-    slow, fast = (float(f"{times * rows[0].flags['lr'] if rows[0] else 1:.2g}") for times in (0.3, 3))
+    slow, half, fast = (float(f"{times * rows[0].flags['lr'] if rows[0] else 1:.2g}") for times in (0.3, 0.5, 3))
     ways = {"warm-up": ({}, "warmup"), "norms slower": (SLOW, ""), "norms frozen": ({"norms_lr_ratio": 0.0}, ""),
             "beta2 0.95": ({}, "beta2"), "new bases every 10 steps": ({"update_gap": 10}, ""),
             "scale 3, norms slower": ({"scale": 3.0, "lr": slow}, ""), "scale 6": ({"scale": 6.0, "lr": slow}, ""),
             "random bases": ({}, "random"), "random bases, three times the rate": ({"lr": fast}, "random"),
             "residual, norms slower": (RESIDUAL, ""), "residual twice as long, norms slower": (RESIDUAL, "twice"),
+            "residual twice as long, norms slower, half the rate": (RESIDUAL | {"lr": half}, "twice"),
             "residual free to grow, norms slower": (RESIDUAL, "growth")}  # fmt: skip
     for name, (flags, change) in ways.items() if rows[0] else ():
         like = rows[0]._replace(flags=rows[0].flags | {"lr": flags.pop("lr", rows[0].flags["lr"])})
@@ -582,8 +583,8 @@ def projection(args: argparse.Namespace) -> str:
     return f"""All layers are active at rank dim / 64, embedding and head frozen; this is GaLore. Warm-up: the rate rises in the
 first six steps. Norms slower: at a tenth of the rate, or at 0.3 of it with scale 3. Residual: that of
 owlore.py, which has Adam's gain of the step before; Fira's has that of the step itself, for which whole gradients must
-wait. The first and the last three rows have their own best rate, the others that of the first, or {slow:g} where the
-scale makes up for it.
+wait. The first and the last three rows have their own best rate, the others that of the first, or {slow:g} or {half:g}
+where the scale or the residual makes up for it.
 
 {compare(args, rows, "all layers")}"""
 
