@@ -583,7 +583,7 @@ def projection(args: argparse.Namespace) -> str:
     return f"""All layers are active at rank dim / 64, embedding and head frozen; this is GaLore. Warm-up: the rate rises in the
 first six steps. Norms slower: at a tenth of the rate, or at 0.3 of it with scale 3. Residual: that of
 owlore.py, which has Adam's gain of the step before; Fira's has that of the step itself, for which whole gradients must
-wait. The first and the last three rows have their own best rate, the others that of the first, or {slow:g} or {half:g}
+wait. Free to grow: by more than 1 % a step. The first and the last three rows have their own best rate, the others that of the first, or {slow:g} or {half:g}
 where the scale or the residual makes up for it.
 
 {compare(args, rows, "all layers")}"""
