@@ -221,7 +221,7 @@ class ProjectedAdam(torch.optim.Optimizer):
     A group with `residual` also follows what of G lies outside of P, without moments (Fira, arXiv 2410.01623): each row
     of it (column if m < n) is scaled as Adam scales that of R,
 
-        S = G - R P^T,  W_i = W_i - lr scale (|N_i| / |R_i|) S_i
+        S = G - R P^T,  W_i = W_i - lr (|N_i| / |R_i|) S_i
 
     to no more than sqrt(n), Adam's length for all of G_i (sqrt(m) if m < n), and all of it grows by 1 % a step at most.
     |N_i| is that of the step before (sqrt(rank) in the first), so S need not wait for `step`, for which a backward pass
@@ -307,7 +307,7 @@ class ProjectedAdam(torch.optim.Optimizer):
         return R
 
     def _add_residual(self, group: dict, p: Tensor, G: Tensor, R: Tensor) -> None:
-        """W_i = W_i - lr scale (|N_i| / |R_i|) S_i, with S = G - R P^T, within limits; nothing if G is not finite."""
+        """W_i = W_i - lr (|N_i| / |R_i|) S_i, with S = G - R P^T, within limits; nothing if G is not finite."""
         state, dim = self.state[p], int(is_tall(p))
         wide = torch.promote_types(G.dtype, torch.float32)
         inside = R.norm(dim=dim, keepdim=True).clamp(min=1e-30)  # |R_i|, [m, 1] or [1, n]
@@ -320,7 +320,7 @@ class ProjectedAdam(torch.optim.Optimizer):
         before, finite = state.get("residual", torch.full_like(norm, math.inf)), norm.isfinite()
         limited = torch.minimum(norm, MAX_GROWTH * before)
         state["residual"] = torch.where(finite, torch.maximum(limited, LEAST * lengths.norm()), before)
-        gain = group["scale"] * length / outside.clamp(min=1e-30) * (limited / norm.clamp(min=1e-30))
+        gain = length / outside.clamp(min=1e-30) * (limited / norm.clamp(min=1e-30))
         left, right = (R, state["basis"].T) if is_tall(p) else (state["basis"], R)
         index = next(n for n, q in enumerate(q for group in self.param_groups for q in group["params"]) if q is p)
         seed, here, group = (group["steps"], index, 1), rows_of(p), group | {"weight_decay": 0.0}

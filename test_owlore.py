@@ -1,6 +1,6 @@
 """What this project promises, as tests: model.py, data.py, owlore.py, train.py, and what bad input leads to.
 
-    pytest -q test_owlore.py
+    pytest -q -n 2 test_owlore.py           (two at a time, by pytest-xdist; without -n one after another)
 
 Tests that read the data in ../shared, or need an optional package, skip if it is absent.
 """
@@ -1442,7 +1442,7 @@ def reference_steps(
             longer = S.norm(dim=along, keepdim=True) * lengths / R.norm(dim=along, keepdim=True)
             S = S / S.norm(dim=along, keepdim=True) * longer.clamp(max=math.sqrt(min(W.shape)))
             norm = min(S.norm(), 1.01 * limit)
-            W = W - lr * scale * S * norm / S.norm()
+            W = W - lr * S * norm / S.norm()
             limit = max(norm, 0.1 * (torch.zeros(R.norm(dim=along, keepdim=True).shape) + lengths).norm())
         M, V = 0.9 * M + 0.1 * R, 0.999 * V + 0.001 * R**2
         N = (M / (1 - 0.9 ** (t + 1))) / ((V / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
@@ -2259,19 +2259,20 @@ def settings_of(*flags) -> train.argparse.Namespace:
 @pytest.mark.parametrize(
     "n_layers, dim, flags, active, rank, embeddings, ratio",
     [
-        (32, 4096, "", 20, 64, "projected", 0.1),
+        (32, 4096, "", 32, 40, "projected", 0.1),
         (32, 4096, "--active 5", 5, 256, "full", 1),
         (32, 4096, "--active 6", 6, 213, "projected", 0.1),
         (32, 4096, "--active 2", 2, 256, "full", 1),
-        (32, 4096, "--embeddings full", 20, 64, "full", 0.1),
-        (32, 4096, "--embeddings-lr-ratio 1", 20, 64, "projected", 1),
+        (32, 4096, "--embeddings full", 32, 40, "full", 0.1),
+        (32, 4096, "--embeddings-lr-ratio 1 --active 20", 20, 64, "projected", 1),
         (32, 4096, "--rank 0", 5, 0, "full", 1),
         (32, 4096, "--rank 0 --active 20", 20, 0, "full", 1),
         (32, 4096, "--rank 16 --active 9", 9, 16, "projected", 0.1),
-        (30, 576, "", 19, 9, "projected", 0.1),
+        (30, 576, "", 30, 8, "projected", 0.1),
+        (30, 576, "--active 19", 19, 9, "projected", 0.1),
         (30, 576, "--active 5", 5, 36, "full", 1),
         (40, 5120, "--active 7", 7, 320, "full", 1),
-        (8, 128, "", 5, 8, "projected", 0.1),
+        (8, 128, "", 8, 8, "projected", 0.1),
         (1, 64, "", 1, 8, "full", 1),
         (32, 4096, "--method lisa", 2, 256, "full", 1),
         (8, 128, "--method lisa", 1, 8, "full", 1),
@@ -2288,7 +2289,7 @@ def test_defaults_follow_the_model_and_are_the_papers_with_its_active_layers(
     args = train.decide_settings(args, ModelConfig(dim=dim, n_layers=n_layers, n_heads=8, vocab_size=32))
     assert (args.active, args.rank, args.embeddings, args.embeddings_lr_ratio) == (active, rank, embeddings, ratio)
     ours = ratio < 1 or "ratio" in flags  # else as published
-    assert (args.residual, args.norms_lr_ratio) == ((True, 0.1) if ours else (False, 1))
+    assert (args.residual, args.scale, args.norms_lr_ratio) == ((True, 0.5, 0.05) if ours else (False, 1, 1))
     if dim == 4096:
         assert (args.lr, args.threshold, args.seq_len, args.batch_size, args.update_gap) == (3e-4, 13, 512, 16, 100)
         assert args.interval == {"owlore": 50, "lisa": 3}.get(args.method)
@@ -2310,6 +2311,15 @@ def test_a_run_trains_saves_and_loads_again(base, checkpoint, tmp_path):
         changed = not torch.equal(tuned.layers[n].attention.wq.weight, source.layers[n].attention.wq.weight)
         assert changed == (n in drawn)
     assert cli(f"--ckpt {tmp_path / 'run/model'} --max-new-tokens 5", model_module.main)[0] == 0
+
+
+def test_with_all_layers_active_none_is_scored_or_drawn(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "score_layers", None)
+    code, text, error = cli(f"{base} --steps 3 --save-every 2 --out {tmp_path / 'run'}")
+    assert code == 0 and "all 3 layers are trained, and none drawn" in text, error
+    assert cli(f"--resume --steps 4 --out {tmp_path / 'run'}")[0] == 0
+    steps = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert len(steps) == 4 and all(row["active"] == [0, 1, 2] for row in steps)
 
 
 @pytest.mark.parametrize("method", train.METHODS)
@@ -2461,17 +2471,18 @@ def test_outlier_chart_command(checkpoint, jsonl):
 
 
 def test_embedded_default_learns(tmp_path):
-    before, after = (r for r in train_run(f"--steps 66 --eval-every 66 --out {tmp_path / 'run'}") if "val_loss" in r)
+    before, after = (r for r in train_run(f"--steps 72 --eval-every 72 --out {tmp_path / 'run'}") if "val_loss" in r)
     assert after["val_loss"] < before["val_loss"] / 10
     assert before["val_accuracy"] < 0.35 and after["val_accuracy"] > 0.45  # 120 questions with four answers each
 
 
-def test_the_embedded_example_alone_trains_its_embeddings_at_the_whole_rate():
+def test_the_embedded_example_draws_layers_and_trains_its_embeddings_at_the_whole_rate():
     """Its format is new to its model."""
     config = read_checkpoint(TINY)[0]
     for flags, ratio in (("", 1), (f"--data {TINY / 'train.json'}", 0.1), ("--embeddings-lr-ratio 0.5", 0.5)):
         args = train.decide_settings(train.flag_parser().parse_args(flags.split()), config)
         assert args.embeddings == "projected" and args.embeddings_lr_ratio == ratio
+        assert args.active == (8 if "--data" in flags else 5)  # it shows how layers are drawn
 
 
 @pytest.mark.parametrize("what", ["--embeddings full --embeddings", "--embeddings projected --embeddings", "--norms"])
@@ -2737,7 +2748,7 @@ def test_a_finished_run_can_be_extended(base, tmp_path):
 
 @pytest.mark.parametrize("method", ["owlore", "full", "lora"])
 def test_a_run_of_before_a_flag_was_added_has_its_default(method, base, tmp_path):
-    new = "--no-residual --embeddings-lr-ratio 1 --norms-lr-ratio 1"
+    new = "--no-residual --scale 1 --embeddings-lr-ratio 1 --norms-lr-ratio 1"
     line = f"{base} --steps 12 --method {method} " + new * (method == "owlore")
     train_run(f"{line} --out {tmp_path / 'a'}")
     out = tmp_path / "b"

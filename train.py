@@ -1,10 +1,10 @@
 """Fine-tune a LLaMA-style checkpoint by OwLore, or by one of the methods it is compared with: one loop serves all.
 
                      gradients as they are      gradients projected
-    all layers       full                       galore
-    sampled layers   lisa, owlore --rank 0      owlore
+    all layers       full                       galore, owlore
+    sampled layers   lisa, owlore --rank 0      owlore --active 5, as in the paper
 
-LoRA, the fifth, freezes the model and trains low-rank additions to its linears instead.
+LoRA, the fifth method, freezes the model and trains low-rank additions to its linears instead.
 
 Weights and activations are bf16 on a GPU (fp32 on a CPU); loss, moments and updates are fp32.
 
@@ -69,7 +69,7 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "owlore": Method("outlier", True, active=20, interval=50),
+    "owlore": Method("outlier", True, interval=50),
     "lisa": Method("uniform", False, active=2, interval=3),
     "galore": Method(None, True),
     "lora": Method(None, False),
@@ -90,11 +90,13 @@ def run(args: argparse.Namespace) -> None:
     steps = planned_steps(data, args, state)
     require_room(model, args, steps)
     sampler = outliers = None
-    if args.sampling:
+    if args.sampling and args.active < len(model.layers):
         outliers = gather(state["outliers"] if state else score_layers(model, data, args))[0]  # 1. score
         p = sampling_probabilities(outliers, args.sampling)  # 2. sample
         sampler = LayerSampler(model.layers, p, args.active, args.seed)
         print(layer_chart({"outliers %": 100 * outliers, "p": p}))
+    elif args.sampling:
+        print(f"all {args.active} layers are trained, and none drawn; --active draws some at a time, as the paper does")
     optimizer = build_optimizer(model, args)  # 3. project
     if state:
         restore(state, model, optimizer, sampler)
@@ -395,18 +397,18 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--out", help="run folder (default: the first free of runs/NAME, runs/NAME-2, ...)")
     add("--method", choices=METHODS, default="owlore", help="default: %(default)s")
     add("--sampling", choices=("outlier", "uniform", "reverse", "increasing", "decreasing"), help="how layers are drawn (default: owlore outlier, lisa uniform)")
-    add("--active", type=at_least(1), help="layers trained at a time (default: 20 of every 32, lisa 2, owlore --rank 0 5; the paper's 5 sets the other defaults as in the paper, too)")
+    add("--active", type=at_least(1), help="layers trained at a time (default: all, the embedded example 20 of every 32, owlore --rank 0 5, lisa 2; the paper's 5 sets the other defaults as in the paper, too)")
     add("--interval", type=at_least(1), help="optimizer steps between two draws (default: 50, lisa 3)")
-    add("--rank", type=at_least(0), help=f"of the projection (default: dim / 16; owlore less with more than the paper's 5 of 32 layers active, for the same memory: 64 for a 7B), 0 for owlore without projection; of lora's additions (default: dim / 128); at least {MIN_RANK}")
+    add("--rank", type=at_least(0), help=f"of the projection (default: dim / 16; owlore less with more than the paper's 5 of 32 layers active, for the same memory: 40 for a 7B), 0 for owlore without projection; of lora's additions (default: dim / 128); at least {MIN_RANK}")
     add("--lora-alpha", type=positive, help="lora's additions count alpha / rank (default: twice the rank)")
     add("--update-gap", type=at_least(1), default=100, help="steps of a matrix between two projections (default: %(default)s)")
-    add("--scale", type=positive, default=1.0, help="of the projected update (default: %(default)s)")
+    add("--scale", type=positive, help="of the projected update (default: owlore 0.5, others 1, and so owlore with --rank 0 or at most the paper's --active)")
     add("--residual", action=argparse.BooleanOptionalAction, help="also follow what of a gradient the projection leaves out; in several micro-batches, and on several cards, whole gradients wait for it (default: owlore, but not with --rank 0 or at most the paper's --active)")
     add("--svd", choices=("randomized", "exact"), default="randomized", help="default: %(default)s")
     add("--threshold", type=at_least(1e-12, float, 1000), help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")
     add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: owlore projected, lora frozen, others full, and so owlore with --rank 0 or at most the paper's --active)")
     add("--embeddings-lr-ratio", type=positive, help="their learning rate, times --lr (default: owlore 0.1, others 1, and so owlore with --rank 0 or at most the paper's --active, and the embedded example)")
-    add("--norms-lr-ratio", type=at_least(0, float), help="that of the norms' weights, times --lr (default: owlore 0.1, others 1, and so owlore with --rank 0 or at most the paper's --active)")
+    add("--norms-lr-ratio", type=at_least(0, float), help="that of the norms' weights, times --lr (default: owlore 0.05, others 1, and so owlore with --rank 0 or at most the paper's --active)")
     add("--lr", type=positive, help="peak learning rate, falling linearly to zero (default: 3e-4 * (4096 / dim)^0.75, which is 3e-4 for a 7B)")
     add("--weight-decay", type=at_least(0, float), default=0.0, help="default: %(default)s")
     add("--max-grad-norm", type=positive, default=1.0, help="clip gradients to this norm (default: %(default)s)")
@@ -435,7 +437,7 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     file = Path(args.out or "") / "args.json"
     if args.resume and args.out and file.exists():
-        older = {"embeddings_lr_ratio": 1.0, "norms_lr_ratio": 1.0, "residual": False}
+        older = {"embeddings_lr_ratio": 1.0, "norms_lr_ratio": 1.0, "residual": False, "scale": 1.0}
         saved = older | read_json(file)  # runs that are older than these flags have none
         unknown = saved.keys() - vars(args).keys()
         if unknown or not saved.keys() > {"ckpt", "data", "lr"}:
@@ -462,9 +464,9 @@ def read_config(args: argparse.Namespace) -> ModelConfig:
 
 
 def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
-    """Give each flag that was left out its value. At 7B they are the published ones, but for the layers, their rank, the
-    residual, and how norms, embedding and head learn. Raises InputError for flags that do not go together or that the
-    model cannot follow."""
+    """Give each flag that was left out its value. At 7B they are the published ones, but for the layers, their rank and
+    scale, the residual, and how norms, embedding and head learn. Raises InputError for flags that do not go together or
+    that the model cannot follow."""
     method, lora = METHODS[args.method], args.method == "lora"
 
     def require(condition: object, message: str) -> None:
@@ -484,7 +486,8 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     require(at_once <= args.batch_size, f"--micro-batch-size {at_once}: there are {args.batch_size} rows in a step")
 
     few, rank = math.ceil(config.n_layers * 5 / 32), config.dim // 16  # the paper's active layers, and their rank
-    active = few if args.rank == 0 else math.ceil(config.n_layers * method.active / 32)
+    share = 5 if args.rank == 0 else 20 if example and method.projection else method.active  # the example shows draws
+    active = math.ceil(config.n_layers * share / 32)
     more = args.method == "owlore" and args.rank != 0 and (args.active or active) > few
     if more:  # at a lower rank, in the memory of the paper's
         rank = rank * few // (args.active or active)
@@ -495,11 +498,12 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
         "interval": method.interval,
         "rank": rank,
         "residual": more,
+        "scale": 0.5 if more else 1.0,
         "lora_alpha": 2.0 * (args.rank or rank) if lora else None,
         "threshold": owlore.default_threshold(config.dim),
         "embeddings": "frozen" if lora else "projected" if more else "full",
         "embeddings_lr_ratio": 0.1 if more and not example else 1.0,  # the example's format is new: see `comment`
-        "norms_lr_ratio": 0.1 if more else 1.0,
+        "norms_lr_ratio": 0.05 if more else 1.0,
         "lr": 3e-4 * (4096 / config.dim) ** 0.75,
         "seq_len": min(512, config.max_seq_len),
         "dtype": "bf16" if args.device.startswith("cuda") else "fp32",
@@ -699,13 +703,13 @@ def load_state(out: Path) -> dict:
     begun = bool(folders) or (out / "latest").is_symlink()
     while not rank() and folders and (broken := damage(folders[0])):
         print(f"{folders.pop(0) / broken}: damaged, or only half written: going on from the checkpoint before it")
-    folder = gather(folders[0] if folders else None)[0]
+    if not rank() and folders:
+        link(out, folders[0])
+    folder = gather(folders[0] if folders else None)[0]  # nobody reads out/model before it is linked
     if not folder:
         if begun:
             raise InputError(f"{out / 'checkpoints'}: every checkpoint is damaged or gone; choose another --out")
         return {}
-    if not rank():
-        link(out, folder)
     path = folder / "state" / "state.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
