@@ -257,7 +257,7 @@ def describe(name: str, args: argparse.Namespace, result: dict, columns: dict[st
     rows = f"{args.batch_size}" + f", {args.micro_batch_size} at once," * (args.micro_batch_size < args.batch_size)
     shape = f"{rows} x {args.seq_len}" + ", kept" * (not args.recompute)
     low_rank = args.rank and (args.method == "lora" or train.METHODS[args.method].projection)
-    trained = f"{args.active or 'all'}" + f" x {args.rank}" * bool(low_rank)
+    trained = f"{args.active or 'all'}" + f" x {args.rank}" * bool(low_rank) + " + residual" * bool(args.residual)
     cells = [name, args.method, trained, args.embeddings, shape, *(f"{result[key] / GIB:.2f}" for key in columns)]
     return f"| {' | '.join(cells)} | {'█' * round((result['measured'] or result['predicted']) / GIB / 2)} |"
 
@@ -287,13 +287,14 @@ OFFLOADED = [
     for model in ("llama2-7b", "llama3-8b", "llama2-13b", "llama2-70b")
     for shape in ("1x1024", "16x512")
 ]
+OFFLOADED += [f"{OFFLOADED[-1]} {flags}" for flags in ("--no-residual", "--active 13")]
 JOINED = {
     4: [
         f"llama2-7b 16x512 --micro-batch-size 4 --embeddings full --method {method}"
-        for method in ("owlore", "lisa", "galore", "full")
+        for method in ("owlore", "owlore --active 5", "lisa", "galore", "full")
     ],
     8: [
-        "llama2-70b 16x512 --micro-batch-size 1 --embeddings full",
+        "llama2-70b 16x512 --micro-batch-size 1 --embeddings full --active 13",
         "llama2-70b 16x512 --micro-batch-size 1 --method lora",
     ],
 }
@@ -362,8 +363,9 @@ For comparison: the paper (arXiv 2405.18380) reports 21 GB for OwLore on LLaMA-2
 ## One card, weights in host memory
 
 The peak is that of the device, one row at once. Host memory has the weights, gradients and moments of embedding, head
-and norms, and the sums of gradients that wait for new bases. What is counted is a lower bound: on the CPU, where this
-runs, FSDP brings in no block ahead of its use, and bringing one to the device makes no copy. The estimate has both.
+and norms, and the gradients that wait for new bases, or in each step with a residual. What is counted is a lower
+bound: on the CPU, where this runs, FSDP brings in no block ahead of its use, and bringing one to the device makes no
+copy. The estimate has both.
 With several micro-batches the sums grow with the active layers, whatever their rank.
 
 Each pass brings in every weight, 2 bytes; of every token it is multiplied with, forward, recomputing and backward take 6

@@ -3,8 +3,9 @@
     methods     full fine-tuning, GaLore, LoRA, LISA and OwLore, also at equal active layers and at equal memory
     sampling    OwLore with each way to draw layers, and with a floor under the probabilities
     budget      few layers at a high rank or many at a low one, within the memory of LoRA, of LISA and as published
-    draws       train.py's default layers drawn in turns, uniformly, and with the moments of resting layers kept
-    residual    train.py's default with and without what the projection leaves out of the gradient
+    default     train.py's default beside 20 of 32 layers that are drawn, and beside the other methods
+    draws       20 of 32 layers drawn in turns, uniformly, and with the moments of resting layers kept
+    residual    20 of 32 layers with and without what the projection leaves out of the gradient
     projection  all layers at a low rank: warm-up, another beta2, other gaps and scales, and the rest of the gradient
     moments     what becomes of Adam's moments when the basis changes: kept, reset, or the first one rotated into it
     layers      active layers x rank, at equal tokens, equal time and equal memory, also as a picture
@@ -126,13 +127,6 @@ class FiraWarmup(Warmup, Fira):
     """Both."""
 
 
-class Twice(ProjectedAdam):
-    """The residual's step is twice as long."""
-
-    def _add_residual(self, group: dict, p: Tensor, G: Tensor, R: Tensor) -> None:
-        super()._add_residual(group | {"scale": 2 * group["scale"]}, p, G, R)
-
-
 class Parked(ProjectedAdam):
     """A resting layer's moments, with the basis they belong to, wait for its next turn, as in host memory."""
 
@@ -161,7 +155,9 @@ def random_basis(gradient: Tensor, rank: int, svd: str) -> Tensor:
 
 
 SLOW = {"norms_lr_ratio": 0.1}
-RESIDUAL = {"residual": True} | SLOW  # train.py's defaults with more than the published active layers
+RESIDUAL = {"residual": True} | SLOW
+SLOW_EMBEDDINGS = {"embeddings": "projected", "embeddings_lr_ratio": 0.1}
+HALF = {"residual": True, "scale": 0.5, "norms_lr_ratio": 0.05}  # as by default with more than 5 of 32 layers
 
 FLOOR = 0.5  # of the uniform probability: no layer's falls below
 
@@ -178,7 +174,6 @@ CHANGES = {
     "fira": patch.object(train, "ProjectedAdam", Fira),
     "warmup": patch.object(train, "ProjectedAdam", Warmup),
     "fira, warmup": patch.object(train, "ProjectedAdam", FiraWarmup),
-    "twice": patch.object(train, "ProjectedAdam", Twice),
     "growth": patch.object(owlore, "MAX_GROWTH", 1e9),
     "parked": patch.object(train, "ProjectedAdam", Parked),
     "turns": patch.object(train, "LayerSampler", Turns),
@@ -200,7 +195,7 @@ def complete(args: argparse.Namespace, flags: dict) -> dict:
     active, rank = math.ceil(args.config.n_layers * 5 / 32), args.config.dim // 16
     known = {"sampling": "outlier", "active": min(max(4, active), args.config.n_layers), "interval": 50}
     known |= {"rank": max(32, rank), "update_gap": 100, "embeddings": "full"}
-    known |= {"residual": False, "norms_lr_ratio": 1.0} | flags
+    known |= {"residual": False, "scale": 1.0, "norms_lr_ratio": 1.0} | flags
     return known if known["embeddings"] == "frozen" else {"embeddings_lr_ratio": 1.0} | known
 
 
@@ -511,23 +506,51 @@ def budget(args: argparse.Namespace) -> str:
             fitting = bisect.bisect_right(ways, limit, key=lambda way: memory(args, way)["predicted"])
             if fitting and ways[fitting - 1] not in flags.values():
                 flags[f"owlore, rank {ways[fitting - 1]['rank']}, {owner} memory"] = ways[fitting - 1]
-    slow_embeddings = {"embeddings": "projected", "embeddings_lr_ratio": 0.1}
-    flags["owlore, residual, all layers"] = many_layers(args, L) | RESIDUAL
-    flags["owlore, residual, train.py's default"] = many_layers(args) | RESIDUAL | slow_embeddings
+    flags["owlore, residual, scale 1, 20 of 32 layers"] = many_layers(args) | RESIDUAL | SLOW_EMBEDDINGS
+    flags["owlore, residual, scale 1, all layers"] = many_layers(args, L) | RESIDUAL
+    flags["owlore, residual, all layers"] = many_layers(args, L) | HALF
+    flags["owlore, residual, train.py's default"] = by_default(args)
     flags["full"] = {"method": "full", "embeddings": "frozen"}
     rows = [search(args, name, row) for name, row in flags.items()]
-    return f"""Embedding and head are frozen in all of them but train.py's default, and OwLore draws its layers ten times in a
-run. What has all layers active draws none, and is GaLore. As published are 5 of 32 layers at rank dim / 16. Residual:
-that too, and norms at a tenth of the rate.
+    return f"""Embedding and head are frozen, but in train.py's default and with 20 of 32 layers and the residual projected, at a
+tenth of the rate. OwLore draws its layers ten times in a run; what has all layers active draws none, and is GaLore. As
+published are 5 of 32 layers at rank dim / 16. Residual: that too, what is projected at scale 0.5, and norms at a
+twentieth of the rate (with scale 1 a tenth).
 
 {compare(args, rows, "lora")}"""
 
 
 def many_layers(args: argparse.Namespace, active: int | None = None) -> dict:
-    """OwLore with that many layers, by default as many as train.py's, at a low rank, embedding and head frozen, layers
-    drawn ten times in a run."""
+    """OwLore with that many layers, by default 20 of 32, at a low rank, embedding and head frozen, layers drawn ten times
+    in a run."""
     low = {"rank": max(1, args.config.dim // 64), "active": active or math.ceil(args.config.n_layers * 20 / 32)}
     return {"method": "owlore", "embeddings": "frozen", **low, **redrawn(args, 10)}
+
+
+def by_default(args: argparse.Namespace) -> dict:
+    """All layers, as train.py trains them."""
+    rank = {"rank": fill(args, {"method": "owlore"}).rank}
+    return many_layers(args, args.config.n_layers) | rank | HALF | SLOW_EMBEDDINGS
+
+
+def default(args: argparse.Namespace) -> str:
+    """train.py's default beside 20 of 32 layers that are drawn, and beside the other methods."""
+    frozen = {"embeddings": "frozen"}
+    flags = {
+        "train.py's default": by_default(args),
+        "its embedding and head frozen, rank dim / 64": many_layers(args, args.config.n_layers) | HALF,
+        "20 of 32 layers": many_layers(args) | HALF | SLOW_EMBEDDINGS,
+        "20 of 32 layers, scale 1": many_layers(args) | RESIDUAL | SLOW_EMBEDDINGS,
+        "lora": {"method": "lora"},
+        "lisa": {"method": "lisa"} | frozen,
+        "full": {"method": "full"} | frozen,
+    }
+    rows = [search(args, name, row) for name, row in flags.items()]
+    return f"""All layers by default, what a projection leaves out followed. 20 of 32 layers are drawn ten times in a run; with
+scale 1 norms learn at a tenth of the rate, else at a twentieth. LISA's embedding and head, and full fine-tuning's, are
+frozen.
+
+{compare(args, rows, "train.py's default")}"""
 
 
 def draws(args: argparse.Namespace) -> str:
@@ -552,12 +575,14 @@ when it was active last, not counted as memory here. All rows learn at the rate 
 
 
 def residual(args: argparse.Namespace) -> str:
-    """train.py's default, with and without what the projection leaves out of the gradient."""
-    base = many_layers(args) | {"embeddings": "projected", "embeddings_lr_ratio": 0.1}
-    rows = [search(args, "without", base), search(args, "with", base | RESIDUAL)]
-    rows.append(search(args, "with, and a warm-up", base | RESIDUAL, "warmup"))
+    """20 of 32 layers, with and without what the projection leaves out of the gradient."""
+    base = many_layers(args) | SLOW_EMBEDDINGS
+    rows = [search(args, "without", base), search(args, "with", base | HALF)]
+    rows.append(search(args, "with, scale 1", base | RESIDUAL))
+    rows.append(search(args, "with, scale 1, and a warm-up", base | RESIDUAL, "warmup"))
     return f"""OwLore has 20 of 32 layers active at rank dim / 64, draws them ten times in a run, and projects embedding and head,
-at a tenth of the rate. With: norms learn at a tenth of the rate, too. Warm-up: the rate rises in the first six steps.
+at a tenth of the rate. With: what is projected has scale 0.5, and norms learn at a twentieth of the rate (with scale 1
+at a tenth). Warm-up: the rate rises in the first six steps.
 
 {compare(args, rows, "without")}"""
 
@@ -566,13 +591,15 @@ def projection(args: argparse.Namespace) -> str:
     """All layers at a low rank, with one thing changed at a time."""
     base = many_layers(args, args.config.n_layers)
     rows = [search(args, "all layers", base)]
-    slow, half, fast = (float(f"{times * rows[0].flags['lr'] if rows[0] else 1:.2g}") for times in (0.3, 0.5, 3))
+    slow, double, fast = (float(f"{times * rows[0].flags['lr'] if rows[0] else 1:.2g}") for times in (0.3, 2, 3))
     ways = {"warm-up": ({}, "warmup"), "norms slower": (SLOW, ""), "norms frozen": ({"norms_lr_ratio": 0.0}, ""),
             "beta2 0.95": ({}, "beta2"), "new bases every 10 steps": ({"update_gap": 10}, ""),
             "scale 3, norms slower": ({"scale": 3.0, "lr": slow}, ""), "scale 6": ({"scale": 6.0, "lr": slow}, ""),
             "random bases": ({}, "random"), "random bases, three times the rate": ({"lr": fast}, "random"),
-            "residual, norms slower": (RESIDUAL, ""), "residual twice as long, norms slower": (RESIDUAL, "twice"),
-            "residual twice as long, norms slower, half the rate": (RESIDUAL | {"lr": half}, "twice"),
+            "residual, norms slower": (RESIDUAL, ""),
+            "residual, scale 0.5, norms still slower": (HALF, ""),
+            "residual, scale 0.5, norms still slower, twice the rate": (HALF | {"lr": double}, ""),
+            "residual, scale 0.25, norms slowest": (HALF | {"scale": 0.25, "norms_lr_ratio": 0.025}, ""),
             "residual free to grow, norms slower": (RESIDUAL, "growth")}  # fmt: skip
     for name, (flags, change) in ways.items() if rows[0] else ():
         like = rows[0]._replace(flags=rows[0].flags | {"lr": flags.pop("lr", rows[0].flags["lr"])})
@@ -581,10 +608,10 @@ def projection(args: argparse.Namespace) -> str:
     rows.append(search(args, "Fira's residual", base, "fira"))
     rows.append(search(args, "Fira's residual, norms slower, warm-up", base | SLOW, "fira, warmup"))
     return f"""All layers are active at rank dim / 64, embedding and head frozen; this is GaLore. Warm-up: the rate rises in the
-first six steps. Norms slower: at a tenth of the rate, or at 0.3 of it with scale 3. Residual: that of
-owlore.py, which has Adam's gain of the step before; Fira's has that of the step itself, for which whole gradients must
-wait. Free to grow: by more than 1 % a step. The first and the last three rows have their own best rate, the others that of the first, or {slow:g} or {half:g}
-where the scale or the residual makes up for it.
+first six steps. Norms slower: at a tenth of the rate, or at 0.3 of it with scale 3; still slower and slowest: a
+twentieth and a fortieth. Residual: that of owlore.py, which has no scale, and Adam's gain of the step before; Fira's has
+that of the step itself, for which whole gradients must wait. Free to grow: by more than 1 % a step. The first and the
+last three rows have their own best rate, the others that of the first, or {slow:g} where the scale makes up for it.
 
 {compare(args, rows, "all layers")}"""
 
@@ -730,7 +757,20 @@ def packing(args: argparse.Namespace) -> str:
 
 STUDIES = {
     study.__name__: study
-    for study in (methods, sampling, budget, draws, residual, projection, moments, layers, recipe, embeddings, packing)
+    for study in (
+        methods,
+        sampling,
+        budget,
+        default,
+        draws,
+        residual,
+        projection,
+        moments,
+        layers,
+        recipe,
+        embeddings,
+        packing,
+    )
 }
 
 # The results file
