@@ -2504,23 +2504,14 @@ def test_embeddings_and_norms_learn_at_rates_of_their_own(what, base, checkpoint
             torch.testing.assert_close(moves[1][name], move, rtol=0, atol=rounding)
 
 
-def test_embedded_default_repeats_bit_for_bit(tmp_path):
-    (tmp_path / "val.json").write_text(json.dumps(json.loads((TINY / "val.json").read_text())[:8]))
-    line = f"--val-data {tmp_path / 'val.json'} --steps 6 --interval 3 --batch-size 8 --out {tmp_path}"
-    a, b = (train_run(f"{line}/{name}") for name in "ab")
-    weights = [load_model(tmp_path / name / "model").state_dict() for name in "ab"]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert a[-1]["val_loss"] == b[-1]["val_loss"]
-
-
 def test_bf16_weights_end_where_fp32_ones_do(tmp_path, monkeypatch):
-    """At this learning rate most updates are below bf16's resolution: rounding to nearest loses them, and 14 % of the loss."""
+    """At this learning rate most updates are below bf16's resolution: rounding to nearest loses them, and 13 % of the loss."""
     records = json.loads((TINY / "val.json").read_text())[:20]
     (tmp_path / "val.json").write_text(json.dumps([{**record, "answer": ""} for record in records]))  # no accuracy
 
     def final_loss(name: str, dtype: str) -> float:
         line = f"--ckpt {TINY} --data {TINY / 'train.json'} --val-data {tmp_path / 'val.json'} --out {tmp_path / name}"
-        flags = "--steps 12 --interval 6 --batch-size 4 --eval-every 12 --lr 3e-4"
+        flags = "--steps 12 --batch-size 2 --eval-every 12 --lr 3e-4 --sampling uniform --no-residual"
         return train_run(f"{line} {flags} --dtype {dtype}")[-1]["val_loss"]
 
     fp32, bf16 = final_loss("fp32", "fp32"), final_loss("bf16", "bf16")
@@ -2620,29 +2611,25 @@ def test_resuming_continues_bit_for_bit(method, base, tmp_path):
 
 
 def test_killed_at_twenty_random_moments_a_run_ends_as_if_never_interrupted(base, tmp_path):
-    line = f"{base} --steps 150 --save-every 4 --dtype bf16 --eval-every 40 --active 1"
-    began = time.time()
+    """While it starts, too: a run finds steps logged that it has to repeat."""
+    line = f"{base} --steps 80 --save-every 4 --dtype bf16 --eval-every 40 --active 1"
     assert start_cli(f"{line} --out {tmp_path / 'a'}")[0] == 0
-    took = time.time() - began
-    random, kills, out = np.random.default_rng(0), 0, tmp_path / "b"
-    for _ in range(200):
-        moment = time.time() + (random.uniform(0, 0.1 * took) if kills < 20 else 600)
-        code, output = start_cli(f"{line} --resume --out {out}", when=lambda moment=moment: time.time() > moment)
-        if code == 0:
-            break
+    random, out = np.random.default_rng(0), tmp_path / "b"
+    for step in sorted(random.integers(1, 71, 20)):
+        step_done, pause = reached(out, step), random.uniform(0, 0.02)
+        code, output = start_cli(f"{line} --resume --out {out}", when=lambda: step_done() and not time.sleep(pause))
         assert code == -signal.SIGKILL, output
-        kills += 1
         if (out / "model").exists():  # what there is at any moment is whole
             load_model(out / "model")
-    assert kills >= 20
+    assert start_cli(f"{line} --resume --out {out}")[0] == 0
     assert_same_run(tmp_path / "a", out)
 
 
 def test_a_signal_saves_and_says_how_to_go_on(base, tmp_path):
-    assert start_cli(f"{base} --steps 60 --out {tmp_path / 'a'}")[0] == 0
+    assert start_cli(f"{base} --steps 30 --out {tmp_path / 'a'}")[0] == 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         out = tmp_path / str(number)
-        code, output = start_cli(f"{base} --steps 60 --out {out}", when=reached(out, 5), number=number)
+        code, output = start_cli(f"{base} --steps 30 --out {out}", when=reached(out, 5), number=number)
         assert code == 128 + number and f"python train.py --resume --out {out}" in output
         assert start_cli(f"--resume --out {out}")[0] == 0
         assert_same_run(tmp_path / "a", out)
@@ -2689,11 +2676,11 @@ def test_runs_are_saved_by_time(base, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "gone"])
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_taken(how, base, tmp_path):
-    train_run(f"{base} --steps 12 --save-every 4 --dtype bf16 --active 1 --interval 3 --out {tmp_path / 'a'}")
+    train_run(f"{base} --steps 6 --save-every 2 --dtype bf16 --active 1 --interval 3 --out {tmp_path / 'a'}")
     for file in ("model/consolidated.00.pth", "model/tokenizer.model", "state/state.pt", "checksums.json"):
         out = tmp_path / Path(file).name
         shutil.copytree(tmp_path / "a", out, symlinks=True)
-        path = out / "checkpoints/step-0000012" / file
+        path = out / "checkpoints/step-0000006" / file
         raw = bytearray(path.read_bytes())
         raw[len(raw) // 3] ^= 64
         path.unlink()
@@ -2941,7 +2928,7 @@ def shared_line(base: str, method: str) -> str:
     return f"{base} {rest} {low_rank} --method {method} {sampled}"
 
 
-@pytest.mark.parametrize("method", [*train.METHODS, "owlore --rank 0", "owlore --embeddings full --no-residual"])
+@pytest.mark.parametrize("method", [*train.METHODS, "owlore --embeddings full --no-residual"])
 def test_two_or_three_processes_train_what_one_does(method, base, tmp_path):
     line = shared_line(base, method)
     train_run(f"{line} --out {tmp_path / '1'}")
@@ -2954,7 +2941,7 @@ def test_two_or_three_processes_train_what_one_does(method, base, tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    ["owlore --embeddings full --no-residual", "lisa", "galore", "lora", "full", "owlore --micro-batch-size 11"],
+    ["owlore --embeddings full --no-residual", "lisa", "lora", "full", "owlore --micro-batch-size 11"],
 )
 def test_weights_in_host_memory_change_nothing(method, base, tmp_path):
     """(Gradients of several micro-batches that FSDP reduces are added up before, not after, they are projected.)"""

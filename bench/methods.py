@@ -841,7 +841,7 @@ def losses_over_memory(name: str, tasks: dict[str, dict[str, dict[str, str]]]) -
     """Draw the losses of the tasks' rows over the optimizer's state. Returns the picture's place in the text."""
     if not (plt := pyplot()):
         return ""
-    figure, axes = plt.subplots(1, len(tasks), figsize=(13, 4), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.3 * len(tasks), 4), sharex=True, layout="constrained")
     groups = {}  # label: task, state, loss, its spread and the active layers of each row
     for task, rows in tasks.items():
         for row, cell in rows.items():

@@ -1,8 +1,12 @@
-"""Make the three tasks of the study on SmolLM2 from public data, as files that train.py reads.
+"""Make the tasks of the study on SmolLM2 from public data, as files that train.py reads: three on which settings were
+compared and chosen, and two on which what came of it is tried.
 
 shakespeare  the first 600,000 characters of tinyshakespeare.txt to train, the last 14,000 to validate
 alpaca       the first 899 and the last 100 records of alpaca_en_demo.json
 arc          all of arc_easy_train.json, and the first 100 records of arc_easy_test.json
+
+wikitext     the first 600,000 characters of wikitext2_valid.txt to train, the last 14,000 to validate
+boolq        all but the last 100 records of boolq_test.json to train, and those (questions without a passage)
 
 python bench/tasks.py ../shared/data runs/tasks
 """
@@ -26,18 +30,21 @@ def main() -> None:
     """Write NAME and NAME-val into the folder named second, from the files in the one named first."""
     source, target = map(Path, sys.argv[1:])
     target.mkdir(parents=True, exist_ok=True)
-    text = (source / "tinyshakespeare.txt").read_text()
-    alpaca, arc, test = (
+    for name, file in {"shakespeare": "tinyshakespeare.txt", "wikitext": "wikitext2_valid.txt"}.items():
+        text = (source / file).read_text()
+        (target / f"{name}.txt").write_text(text[:600_000])
+        (target / f"{name}-val.txt").write_text(text[-14_000:])
+    alpaca, arc, test, boolq = (
         json.loads((source / f"{name}.json").read_text())
-        for name in ("alpaca_en_demo", "arc_easy_train", "arc_easy_test")
+        for name in ("alpaca_en_demo", "arc_easy_train", "arc_easy_test", "boolq_test")
     )
-    (target / "shakespeare.txt").write_text(text[:600_000])
-    (target / "shakespeare-val.txt").write_text(text[-14_000:])
     tasks = {
         "alpaca": alpaca[:899],
         "alpaca-val": alpaca[899:],
         "arc": map(by_text, arc),
         "arc-val": map(by_text, test[:100]),
+        "boolq": boolq[:-100],
+        "boolq-val": boolq[-100:],
     }
     for name, records in tasks.items():
         (target / f"{name}.json").write_text(json.dumps(list(records), indent=1))
