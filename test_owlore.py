@@ -2994,6 +2994,7 @@ def test_a_process_that_dies_ends_the_run_with_a_line(base, tmp_path):
 
 
 LLAMA3_8B = dict(vocab_size=128256, n_kv_heads=8, hidden_dim=14336, rope_theta=500000.0)
+LLAMA2_70B = dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672)
 
 
 @pytest.mark.parametrize(
@@ -3009,7 +3010,7 @@ LLAMA3_8B = dict(vocab_size=128256, n_kv_heads=8, hidden_dim=14336, rope_theta=5
         ({}, 80, "--offload --micro-batch-size 4", (True, False, 4)),
         (LLAMA3_8B, 24, "", (False, True, 16)),
         (LLAMA3_8B, 24, "--embeddings full", (True, True, 16)),
-        (dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672), 22, "", (True, True, 8)),
+        (LLAMA2_70B, 22, "", (True, True, 8)),
     ],
 )
 def test_what_fits_is_decided_in_an_order(shape, room, flags, expected, monkeypatch, capsys):
@@ -3018,6 +3019,7 @@ def test_what_fits_is_decided_in_an_order(shape, room, flags, expected, monkeypa
     monkeypatch.setattr(train, "read_checkpoint", lambda path: (config, {}))
     monkeypatch.setattr(train, "require_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room * 2**30, room * 2**30))
+    monkeypatch.setattr(train, "available_memory", lambda: 2**40)
     args = train.flag_parser().parse_args(shlex.split(f"--data - --out - --device cuda {flags}"))
     fitted = train.fit(train.decide_settings(args, config))
     assert (fitted.offload, fitted.recompute, fitted.micro_batch_size) == expected
@@ -3034,6 +3036,32 @@ def test_what_cannot_fit_says_what_needs_less(monkeypatch):
     args = train.flag_parser().parse_args(shlex.split("--data - --out - --device cuda --method full"))
     with pytest.raises(InputError, match="--embeddings projected or frozen"):
         train.fit(train.decide_settings(args, ModelConfig()))
+
+
+@pytest.mark.parametrize(
+    "shape, room, flags, needed",
+    [
+        (LLAMA2_70B, 24, "--no-residual --batch-size 4", 128.49),  # the weights
+        (LLAMA2_70B, 24, "--batch-size 4", 255.99),  # and the gradients of all blocks
+        (LLAMA2_70B, 24, "--no-residual --micro-batch-size 4", 255.99 + 0.98),  # or those of the first step, of all
+        (LLAMA2_70B, 24, "--active 13 --micro-batch-size 4 --embeddings frozen", 128.49 + 127.5 * 13 / 80),
+        ({}, 15, "", 12.06 + 0.49),
+        ({}, 16, "--batch-size 4", 0),
+    ],
+)
+def test_what_host_memory_cannot_hold_is_refused_with_what_needs_less(shape, room, flags, needed, monkeypatch):
+    """Gradients of several micro-batches wait there for new bases, and those of weights that are there for a residual."""
+    config = ModelConfig(**shape)
+    monkeypatch.setattr(train, "require_device", lambda device: None)
+    monkeypatch.setattr(train, "read_checkpoint", lambda path: (config, {}))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room * 2**30, room * 2**30))
+    args = train.flag_parser().parse_args(shlex.split(f"--data - --out - --device cuda {flags}"))
+    args = train.decide_settings(args, config)
+    monkeypatch.setattr(train, "available_memory", lambda: (needed + 0.01) * 2**30)
+    assert train.fit(args).offload == (shape == LLAMA2_70B)
+    monkeypatch.setattr(train, "available_memory", lambda: max(needed - 0.01, 0) * 2**30)
+    with pytest.raises(InputError, match="--active") if needed else contextlib.nullcontext():
+        train.fit(args)
 
 
 def sharded_process(rank: int, folder: str) -> None:

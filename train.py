@@ -291,6 +291,21 @@ def step_memory(model: Transformer, args: argparse.Namespace) -> int:
     ))  # fmt: skip
 
 
+def host_memory(model: Transformer, args: argparse.Namespace) -> float:
+    """Bytes of host memory that a step takes at most, of all processes together: with --offload the weights, and what is
+    not projected; and whole gradients, where they wait for the last micro-batch (see owlore.ProjectedGradient)."""
+    several, host = args.micro_batch_size * processes() < args.batch_size, 0.0
+    for kind, inside, weight, gradient, state in parameter_sizes(model, args):
+        share = args.active / model.config.n_layers if args.sampling and inside else 1
+        host += args.offload * weight
+        if kind == "plain":
+            host += args.offload * (gradient + state)
+        elif kind == "projected":
+            reduced = args.residual and inside and (args.offload or processes() > 1)  # by FSDP, shared out
+            host += share * weight * (args.offload if reduced else several * processes())
+    return host
+
+
 def fit(args: argparse.Namespace) -> argparse.Namespace:
     """The settings with what the device has room for: in this order activations are kept or recomputed, fewer rows are
     computed at once, and weights stay in host memory. None of it changes what is trained. Raises InputError if nothing
@@ -319,6 +334,11 @@ def fit(args: argparse.Namespace) -> argparse.Namespace:
         if min(gather(room > needed)):
             print(f"a step takes {in_words(needed)} of {in_words(room)}: {at_once} of {rows} rows at once, activations "
                   f"{'recomputed' if recompute else 'kept'}, weights {'in host memory' if offload else 'on the device'}")  # fmt: skip
+            host, free = host_memory(model, fitted), available_memory()
+            if any(gather(host > free)):
+                raise InputError(f"out of memory: a step takes {in_words(host)} of host memory, {in_words(free)} are free; a "
+                                 f"smaller --active{', --no-residual' * args.residual}, or --batch-size {at_once * processes()}, "
+                                 "the rows computed at once, need less if gradients wait there for others")  # fmt: skip
             return fitted
     raise InputError(f"out of memory: a step takes {in_words(needed)} of {in_words(room)}, even with weights in host memory; "
                      "--embeddings projected or frozen, a smaller --rank or --seq-len need less")  # fmt: skip
@@ -851,6 +871,12 @@ def progress(row: dict, n_layers: int) -> str:
         layers = "all layers" if len(row["active"]) == n_layers else f"{len(row['active'])} of {n_layers} layers"
     skipped = f" {row['skipped']} skipped" * (row["skipped"] > 0)
     return f"loss {row['loss']:.3f} lr {row['lr']:.1e} {row['tokens_per_second']:,.0f} tok/s {layers}{skipped}"
+
+
+def available_memory() -> int:
+    """Bytes of host memory that Linux can give to processes."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
 def in_words(size: float) -> str:
