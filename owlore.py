@@ -8,11 +8,11 @@ and in a low-rank space:
     3. project   R = G P, Adam on R, W = W - lr scale N P^T                    ProjectedAdam, projection_basis
 
     D = outlier_distribution(model, layers, calibration_batches)
-    sampler = LayerSampler(layers, sampling_probabilities(D), active=20)    # the paper: 5 of 32, at rank 256
-    optimizer = ProjectedAdam([{"params": matrices, "rank": 64, "update_gap": 100}, {"params": others}], lr=3e-4)
+    sampler = LayerSampler(layers, sampling_probabilities(D), active=5)    # of a 7B's 32
+    optimizer = ProjectedAdam([{"params": matrices, "rank": 256, "update_gap": 100}, {"params": others}], lr=3e-4)
     for step, batch in enumerate(batches):
         if step % 50 == 0:
-            sampler.resample()      # freezes all layers but the 20 drawn
+            sampler.resample()      # freezes all layers but the 5 drawn
         optimizer.zero_grad()
         loss(model, batch).backward()
         optimizer.step()
@@ -221,7 +221,7 @@ class ProjectedAdam(torch.optim.Optimizer):
     A group with `residual` also follows what of G lies outside of P, without moments (Fira, arXiv 2410.01623): each row
     of it (column if m < n) is scaled as Adam scales that of R,
 
-        S = G - R P^T,  W_i = W_i - lr (|N_i| / |R_i|) S_i
+        S = G - R P^T,  W_i = W_i - lr (|N_i| / |R_i|) S_i        (without `scale`)
 
     to no more than sqrt(n), Adam's length for all of G_i (sqrt(m) if m < n), and all of it grows by 1 % a step at most.
     |N_i| is that of the step before (sqrt(rank) in the first), so S need not wait for `step`, for which a backward pass
@@ -610,7 +610,7 @@ class ProjectedGradient(Tensor):
         # p.grad must be a tensor of p's shape. This one has no data: R, far smaller, is an attribute.
         self = Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device)
         self.p, self.optimizer = weakref.ref(p), weakref.ref(optimizer)
-        self.R, self.G, self.passes = None, None, 0  # G: the sum over the passes so far, while the basis is due
+        self.R, self.G, self.passes = None, None, 0  # G: the sum so far, for a basis that is due, or a residual
         self.partial = False  # whether these are of this process's tokens only
         return self
 

@@ -292,8 +292,9 @@ def step_memory(model: Transformer, args: argparse.Namespace) -> int:
 
 
 def host_memory(model: Transformer, args: argparse.Namespace) -> float:
-    """Bytes of host memory that a step takes at most, of all processes together: with --offload the weights, and what is
-    not projected; and whole gradients, where they wait for the last micro-batch (see owlore.ProjectedGradient)."""
+    """Bytes of host memory that a step takes at most, of all processes of this machine: with --offload the weights, and
+    what is not projected; and whole gradients where they wait for the last micro-batch (see owlore.ProjectedGradient),
+    or, with --offload and a residual, for `step`."""
     several, host = args.micro_batch_size * processes() < args.batch_size, 0.0
     for kind, inside, weight, gradient, state in parameter_sizes(model, args):
         share = args.active / model.config.n_layers if args.sampling and inside else 1
@@ -303,13 +304,13 @@ def host_memory(model: Transformer, args: argparse.Namespace) -> float:
         elif kind == "projected":
             reduced = args.residual and inside and (args.offload or processes() > 1)  # by FSDP, shared out
             host += share * weight * (args.offload if reduced else several * processes())
-    return host
+    return host * int(os.environ.get("LOCAL_WORLD_SIZE", processes())) / processes()
 
 
 def fit(args: argparse.Namespace) -> argparse.Namespace:
     """The settings with what the device has room for: in this order activations are kept or recomputed, fewer rows are
     computed at once, and weights stay in host memory. None of it changes what is trained. Raises InputError if nothing
-    fits, or if there are more processes than rows in a step."""
+    fits, or host memory cannot hold what must be there, or if there are more processes than rows in a step."""
     if processes() > args.batch_size and not args.eval_only:
         raise InputError(f"--batch-size {args.batch_size}: fewer rows than the {processes()} processes; start fewer")
     require_device(args.device)
@@ -336,9 +337,18 @@ def fit(args: argparse.Namespace) -> argparse.Namespace:
                   f"{'recomputed' if recompute else 'kept'}, weights {'in host memory' if offload else 'on the device'}")  # fmt: skip
             host, free = host_memory(model, fitted), available_memory()
             if any(gather(host > free)):
-                raise InputError(f"out of memory: a step takes {in_words(host)} of host memory, {in_words(free)} are free; a "
-                                 f"smaller --active{', --no-residual' * args.residual}, or --batch-size {at_once * processes()}, "
-                                 "the rows computed at once, need less if gradients wait there for others")  # fmt: skip
+                fewer, plain = {"batch_size": at_once * processes()}, {"residual": False}
+                ways = {"--no-residual": plain, f"--batch-size {fewer['batch_size']}": fewer}
+                ways[" ".join(ways)] = fewer | plain
+                less = (flags for flags, change in ways.items()
+                        if host_memory(model, argparse.Namespace(**vars(fitted) | change)) <= free)  # fmt: skip
+                other = (
+                    "a smaller --active, or another --method or model,"
+                    if args.sampling
+                    else "another --method or model"
+                )
+                raise InputError(f"out of memory: a step takes {in_words(host)} of host memory, {in_words(free)} are free; "
+                                 f"{next(less, other)} needs less")  # fmt: skip
             return fitted
     raise InputError(f"out of memory: a step takes {in_words(needed)} of {in_words(room)}, even with weights in host memory; "
                      "--embeddings projected or frozen, a smaller --rank or --seq-len need less")  # fmt: skip
@@ -417,12 +427,12 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--out", help="run folder (default: the first free of runs/NAME, runs/NAME-2, ...)")
     add("--method", choices=METHODS, default="owlore", help="default: %(default)s")
     add("--sampling", choices=("outlier", "uniform", "reverse", "increasing", "decreasing"), help="how layers are drawn (default: owlore outlier, lisa uniform)")
-    add("--active", type=at_least(1), help="layers trained at a time (default: all, the embedded example 20 of every 32, owlore --rank 0 5, lisa 2; the paper's 5 sets the other defaults as in the paper, too)")
+    add("--active", type=at_least(1), help="layers trained at a time (default: all, the embedded example 20 of every 32, owlore --rank 0 5, lisa 2; the paper's 5 of 32, or fewer, set the other defaults as in the paper, too)")
     add("--interval", type=at_least(1), help="optimizer steps between two draws (default: 50, lisa 3)")
     add("--rank", type=at_least(0), help=f"of the projection (default: dim / 16; owlore less with more than the paper's 5 of 32 layers active, for the same memory: 40 for a 7B), 0 for owlore without projection; of lora's additions (default: dim / 128); at least {MIN_RANK}")
     add("--lora-alpha", type=positive, help="lora's additions count alpha / rank (default: twice the rank)")
     add("--update-gap", type=at_least(1), default=100, help="steps of a matrix between two projections (default: %(default)s)")
-    add("--scale", type=positive, help="of the projected update (default: owlore 0.5, others 1, and so owlore with --rank 0 or at most the paper's --active)")
+    add("--scale", type=positive, help="of the projected update, not of what --residual adds (default: owlore 0.5, others 1, and so owlore with --rank 0 or at most the paper's --active)")
     add("--residual", action=argparse.BooleanOptionalAction, help="also follow what of a gradient the projection leaves out; in several micro-batches, and on several cards, whole gradients wait for it (default: owlore, but not with --rank 0 or at most the paper's --active)")
     add("--svd", choices=("randomized", "exact"), default="randomized", help="default: %(default)s")
     add("--threshold", type=at_least(1e-12, float, 1000), help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")
@@ -506,8 +516,15 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     require(at_once <= args.batch_size, f"--micro-batch-size {at_once}: there are {args.batch_size} rows in a step")
 
     few, rank = math.ceil(config.n_layers * 5 / 32), config.dim // 16  # the paper's active layers, and their rank
-    share = 5 if args.rank == 0 else 20 if example and method.projection else method.active  # the example shows draws
+    share = (
+        5 if args.rank == 0 else 20 if example and args.method == "owlore" else method.active
+    )  # the example shows draws
     active = math.ceil(config.n_layers * share / 32)
+    for name in ("sampling", "interval") if active == config.n_layers and not (args.active or args.resume) else ():
+        require(
+            getattr(args, name) is None,
+            f"--{name}: all layers are trained, and none drawn; give --active, or leave it out",
+        )
     more = args.method == "owlore" and args.rank != 0 and (args.active or active) > few
     if more:  # at a lower rank, in the memory of the paper's
         rank = rank * few // (args.active or active)
@@ -874,7 +891,7 @@ def progress(row: dict, n_layers: int) -> str:
 
 
 def available_memory() -> int:
-    """Bytes of host memory that Linux can give to processes."""
+    """Bytes of host memory that Linux can give to processes; of a container's own limit it knows nothing."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 

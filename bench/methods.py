@@ -15,7 +15,8 @@
 
 Every row of a table has its own learning rate: the best on seed 0 out of --lrs, a grid that is extended as long as the
 best is at its end. All seeds then run at that one. A finished run is kept in bench/results/methods-runs.jsonl, with the
-commit it was made by, under its flags and a checksum of checkpoint and data: a study that was interrupted goes on where
+commit it was made by, under its flags and a checksum of checkpoint and data (some at scale 0.5, by 745c8cd and 59a2716,
+were made as twice the residual at half the rate, which is the same without weight decay): a study that was interrupted goes on where
 it was, and --finished writes the tables of those that are there already, and names what they lack. --jobs runs several
 at once, as fill a GPU (with OMP_NUM_THREADS=1, and CUDA's MPS if it is there).
 
@@ -108,7 +109,7 @@ class Fira(ProjectedAdam):
         outside = gain * (g - (R @ P.T if tall else P @ R))
         norm = outside.norm()
         state["outside"] = torch.minimum(norm, owlore.MAX_GROWTH * state.get("outside", norm))
-        p.add_(outside * (state["outside"] / norm.clamp(min=1e-30)), alpha=-group["lr"] * group["scale"])
+        p.add_(outside * (state["outside"] / norm.clamp(min=1e-30)), alpha=-group["lr"])
 
 
 class Warmup(ProjectedAdam):
@@ -513,9 +514,9 @@ def budget(args: argparse.Namespace) -> str:
     flags["full"] = {"method": "full", "embeddings": "frozen"}
     rows = [search(args, name, row) for name, row in flags.items()]
     return f"""Embedding and head are frozen, but in train.py's default and with 20 of 32 layers and the residual projected, at a
-tenth of the rate. OwLore draws its layers ten times in a run; what has all layers active draws none, and is GaLore. As
-published are 5 of 32 layers at rank dim / 16. Residual: that too, what is projected at scale 0.5, and norms at a
-twentieth of the rate (with scale 1 a tenth).
+tenth of the rate. OwLore draws its layers ten times in a run; what has all layers active draws none, and
+without a residual is GaLore. As published are 5 of 32 layers at rank dim / 16. Residual: what the projection leaves out
+is followed, too, what is projected has scale 0.5, and norms learn at a twentieth of the rate (with scale 1 a tenth).
 
 {compare(args, rows, "lora")}"""
 
@@ -529,8 +530,9 @@ def many_layers(args: argparse.Namespace, active: int | None = None) -> dict:
 
 def by_default(args: argparse.Namespace) -> dict:
     """All layers, as train.py trains them."""
-    rank = {"rank": fill(args, {"method": "owlore"}).rank}
-    return many_layers(args, args.config.n_layers) | rank | HALF | SLOW_EMBEDDINGS
+    known = vars(fill(args, {"method": "owlore"}))
+    names = "rank", "residual", "scale", "norms_lr_ratio", "embeddings", "embeddings_lr_ratio"
+    return many_layers(args, args.config.n_layers) | {name: known[name] for name in names}
 
 
 def default(args: argparse.Namespace) -> str:
