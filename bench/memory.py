@@ -287,7 +287,7 @@ OFFLOADED = [
     for model in ("llama2-7b", "llama3-8b", "llama2-13b", "llama2-70b")
     for shape in ("1x1024", "16x512")
 ]
-OFFLOADED += [f"{OFFLOADED[-1]} {flags}" for flags in ("--no-residual", "--active 13")]
+OFFLOADED += [f"{OFFLOADED[-1]} --active 13"]
 JOINED = {
     4: [
         f"llama2-7b 16x512 --micro-batch-size 4 --embeddings full --method {method}"

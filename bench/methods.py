@@ -850,7 +850,7 @@ def losses_over_memory(name: str, tasks: dict[str, dict[str, dict[str, str]]]) -
             if state := cell["optimizer state, MiB"]:
                 loss, _, spread = cell["loss"].partition(" ± ")
                 label = f"owlore, rank {cell['rank']:>2}" if row.startswith("owlore") else row
-                label = "owlore, residual" if "residual" in row else label
+                label = row if "residual" in row else label
                 numbers = float(state), float(loss.split()[0]), float(spread.split()[0] if spread else 0)
                 groups.setdefault(label, []).append((task, *numbers, cell["active"].split()[0]))
     for label, points in sorted(groups.items()):

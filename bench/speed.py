@@ -96,15 +96,15 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
     return max(rates)
 
 
-def needed_flops(config: ModelConfig, tokens: int, active: int, rank: int) -> int:
+def needed_flops(config: ModelConfig, tokens: int, active: int, rank: int, residual: bool) -> int:
     """FLOP of a step's matrix products with nothing recomputed and no more than the method asks for: through all layers
-    forward and backward, for embeddings are trained, and the projected gradients R = dY^T (X P) of the active ones.
-    Attention, a percent or two of a 7B, is left out."""
+    forward and backward, for embeddings are trained, and the projected gradients R = dY^T (X P) of the active ones; with
+    a residual G, R = G P and R P^T. Attention, a percent or two of a 7B, is left out."""
     query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     shapes = [(config.dim, query)] * 2 + [(config.dim, key)] * 2 + [(config.dim, config.hidden_dim)] * 3
     block, head = sum(m * n for m, n in shapes), config.dim * config.vocab_size
-    projected = rank * sum(m + n for m, n in shapes)
-    return 2 * tokens * (2 * (config.n_layers * block + head) + active * projected + head)
+    projected = tokens * block + 2 * rank * block if residual else tokens * rank * sum(m + n for m, n in shapes)
+    return 2 * (tokens * (2 * (config.n_layers * block + head) + head) + active * projected)
 
 
 def executed_flops(run: Callable[[], object]) -> int:
@@ -128,6 +128,7 @@ def build_ours(config: ModelConfig, args: argparse.Namespace) -> tuple[Transform
     torch.set_default_dtype(torch.float32)
     model.checkpoint_blocks = not args.keep_activations
     flags = ["--active", str(args.active), "--rank", str(args.rank), "--device", args.device]
+    flags += ["--residual" if args.residual else "--no-residual"]
     sampler = LayerSampler(model.layers, torch.ones(config.n_layers), args.active, args.seed)
     optimizer = train.build_optimizer(model, settings(flags, config))
     sampler.resample()
@@ -209,14 +210,17 @@ def steps(args: argparse.Namespace) -> list[str]:
             run()  # warm again, after the other side's turn
             times[side].append(seconds(lambda: [run() for _ in range(args.steps)], device) / args.steps)
 
-    needed = needed_flops(config, tokens.numel(), len(drawn), args.rank)
+    shape = config, tokens.numel(), len(drawn), args.rank
+    needed = [needed_flops(*shape, residual) for residual in (args.residual, False)]  # the peer follows none
     executed = [executed_flops(run) for run in sides]
     step = [median(side) for side in times]
     extra = [max(0.0, a - b) for a, b in zip(first, step)]
     rows = {
         "tokens per second between refreshes": [spread([tokens.numel() / t for t in side], ",.0f") for side in times],
         "seconds per step between refreshes": [spread(side, ".3g") for side in times],
-        "share of the matmul rate, products that the method needs": [f"{needed / t / rate:.1%}" for t in step],
+        "share of the matmul rate, products that the method needs": [
+            f"{n / t / rate:.1%}" for n, t in zip(needed, step)
+        ],
         "share of the matmul rate, all products executed": [f"{n / t / rate:.1%}" for n, t in zip(executed, step)],
         f"seconds to refresh {len(drawn)} new layers": [f"{t:.3g}" for t in extra],
         f"share of a run, all layers new every {INTERVAL} steps": [
@@ -234,7 +238,7 @@ def steps(args: argparse.Namespace) -> list[str]:
     return [
         f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, {args.batch_size} x "
         f"{args.seq_len} tokens, {str(args.dtype)[6:]}, {len(drawn)} of {config.n_layers} layers active, rank "
-        f"{args.rank}, {recomputed}, {args.rounds} rounds of {args.steps} steps. Square matmuls reach "
+        f"{args.rank}{' and a residual here' * args.residual}, {recomputed}, {args.rounds} rounds of {args.steps} steps. Square matmuls reach "
         f"{rate / 1e12:.3g} TFLOP/s. Loss of the first batch: {' and '.join(f'{loss:.5f}' for loss in losses)}.",
         "",
         *(ratio if len(sides) > 1 else []),
@@ -594,6 +598,11 @@ def main() -> None:
     add("--megabytes", type=positive, default=100, help="for tokenise (default: %(default)s)")
     add("--active", type=positive, help="for steps: layers trained at a time (default: 5 of every 32)")
     add("--rank", type=positive, help="default: dim / 16; for refresh 256")
+    add(
+        "--residual",
+        action="store_true",
+        help="for steps: follow what the projection leaves out, too, as train.py does",
+    )
     add("--shape", type=int, nargs=2, default=(4096, 11008), help="for refresh (default: 4096 11008)")
     add("--keep-activations", action="store_true", help="recompute no blocks here, as train.py where memory allows it")
     add("--alone", action="store_true", help="for steps: without the peer, whose SVDs take minutes on a large model")

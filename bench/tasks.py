@@ -1,5 +1,5 @@
 """Make the tasks of the study on SmolLM2 from public data, as files that train.py reads: three on which settings were
-compared and chosen, and two on which what came of it is tried.
+compared and chosen, and two on which none was.
 
 shakespeare  the first 600,000 characters of tinyshakespeare.txt to train, the last 14,000 to validate
 alpaca       the first 899 and the last 100 records of alpaca_en_demo.json
