@@ -843,7 +843,7 @@ def losses_over_memory(name: str, tasks: dict[str, dict[str, dict[str, str]]]) -
     """Draw the losses of the tasks' rows over the optimizer's state. Returns the picture's place in the text."""
     if not (plt := pyplot()):
         return ""
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.3 * len(tasks), 4), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.3 * len(tasks) + 2, 4), sharex=True, layout="constrained")
     groups = {}  # label: task, state, loss, its spread and the active layers of each row
     for task, rows in tasks.items():
         for row, cell in rows.items():
@@ -853,18 +853,18 @@ def losses_over_memory(name: str, tasks: dict[str, dict[str, dict[str, str]]]) -
                 label = row if "residual" in row else label
                 numbers = float(state), float(loss.split()[0]), float(spread.split()[0] if spread else 0)
                 groups.setdefault(label, []).append((task, *numbers, cell["active"].split()[0]))
-    for label, points in sorted(groups.items()):
+    for n, (label, points) in enumerate(sorted(groups.items())):
         for axis, task in zip(axes, tasks):
             here = sorted(point[1:] for point in points if point[0] == task) or [(math.nan, math.nan, 0, "")]
             states, losses, spreads, active = zip(*here)
-            axis.errorbar(states, losses, spreads, marker="o", capsize=3, label=label)
+            axis.errorbar(states, losses, spreads, marker="o", capsize=3, label=label, color=plt.cm.tab20(n))
             for text, *place in zip(active, states, losses):
                 axis.annotate(text, place, (4, 4), textcoords="offset points", fontsize=8, annotation_clip=True)
     for axis, task in zip(axes, tasks):
         axis.set(title=task, xlabel="optimizer state, MiB (at the points: active layers)", xscale="log")
         axis.margins(x=0.1)
     axes[0].set(ylabel="validation loss")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     file = RESULTS / f"methods-{name}.png"
     figure.savefig(file, dpi=100)
     plt.close(figure)
