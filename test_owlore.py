@@ -3041,7 +3041,7 @@ def test_what_cannot_fit_says_what_needs_less(monkeypatch):
 @pytest.mark.parametrize(
     "shape, room, flags, needed, expected",
     [
-        (LLAMA2_70B, 24, "--no-residual --batch-size 4", 128.49, "a smaller --active, or another --method or model,"),
+        (LLAMA2_70B, 24, "--no-residual --batch-size 4", 128.49, "a smaller --active, or another --method or model"),
         (LLAMA2_70B, 24, "--batch-size 4", 255.99, "--no-residual"),  # the gradients of all blocks, too
         (LLAMA2_70B, 24, "--no-residual --micro-batch-size 4", 256.97, "--batch-size 4"),  # those of the first step
         (LLAMA2_70B, 24, "--micro-batch-size 4", 256.97, "--batch-size 4"),
@@ -3291,7 +3291,7 @@ def test_bad_data_is_refused(name, content, names, checkpoint, tmp_path):
     "--ckpt nowhere", "--data nothing.txt", "--active 4", "--active 0", "--rank -1", "--rank 0 --method lora", "--rank many",
     "--seq-len 257", "--device cuda:77", "--device abacus", "--method magic", "--active 2 --method galore",
     "--interval 2 --method full", "--lora-alpha 2 --method owlore", "--embeddings frozen --embeddings-lr-ratio 1",
-    "--norms-lr-ratio 1 --method lora", "--residual --method lisa", "--residual --rank 0",
+    "--norms-lr-ratio 1 --method lora", "--residual --method lisa", "--residual --rank 0", "--sampling uniform", "--interval 3",
     "--lr nan", "--lr inf", "--lr 0", "--threshold -1",
     "--batch-size 0", "--scale nan", "--weight-decay -1", "--sped 1", "--seed -1", "--lr 1e300",
     "--seed 100000000000000000000", "--rank 65 --method lora", "--micro-batch-size 5",

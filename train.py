@@ -342,11 +342,7 @@ def fit(args: argparse.Namespace) -> argparse.Namespace:
                 ways[" ".join(ways)] = fewer | plain
                 less = (flags for flags, change in ways.items()
                         if host_memory(model, argparse.Namespace(**vars(fitted) | change)) <= free)  # fmt: skip
-                other = (
-                    "a smaller --active, or another --method or model,"
-                    if args.sampling
-                    else "another --method or model"
-                )
+                other = "a smaller --active, or " * bool(args.sampling) + "another --method or model"
                 raise InputError(f"out of memory: a step takes {in_words(host)} of host memory, {in_words(free)} are free; "
                                  f"{next(less, other)} needs less")  # fmt: skip
             return fitted
@@ -516,9 +512,8 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     require(at_once <= args.batch_size, f"--micro-batch-size {at_once}: there are {args.batch_size} rows in a step")
 
     few, rank = math.ceil(config.n_layers * 5 / 32), config.dim // 16  # the paper's active layers, and their rank
-    share = (
-        5 if args.rank == 0 else 20 if example and args.method == "owlore" else method.active
-    )  # the example shows draws
+    shown = 20 if example and args.method == "owlore" else method.active  # the example shows how layers are drawn
+    share = 5 if args.rank == 0 else shown
     active = math.ceil(config.n_layers * share / 32)
     for name in ("sampling", "interval") if active == config.n_layers and not (args.active or args.resume) else ():
         require(

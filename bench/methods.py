@@ -15,10 +15,10 @@
 
 Every row of a table has its own learning rate: the best on seed 0 out of --lrs, a grid that is extended as long as the
 best is at its end. All seeds then run at that one. A finished run is kept in bench/results/methods-runs.jsonl, with the
-commit it was made by, under its flags and a checksum of checkpoint and data (some at scale 0.5, by 745c8cd and 59a2716,
-were made as twice the residual at half the rate, which is the same without weight decay): a study that was interrupted goes on where
-it was, and --finished writes the tables of those that are there already, and names what they lack. --jobs runs several
-at once, as fill a GPU (with OMP_NUM_THREADS=1, and CUDA's MPS if it is there).
+commit it was made by, under its flags and a checksum of checkpoint and data: a study that was interrupted goes on where
+it was, and --finished writes the tables of those that are there already, and names what they lack. (Some at scale 0.5,
+by 745c8cd and 59a2716, were made as twice the residual at half the rate: without weight decay that is the same.) --jobs
+runs several at once, as fill a GPU (with OMP_NUM_THREADS=1, and CUDA's MPS if it is there).
 
     python bench/methods.py methods sampling --ckpt tiny --data tiny/train.json --val-data tiny/val.json --seq-len 72
 """
