@@ -271,7 +271,8 @@ class ProjectedAdam(torch.optim.Optimizer):
             for p_rows, *rows, noise in row_blocks(p, seed, own(g), m, v):
                 write_back(p_rows, adam(*rows, t, group), group, noise)
             return
-        R = self._project(group, p, whole(g)) if g is p.grad else g  # R = G P, of a new P if it is due
+        # R = G P, of a new P if it is due
+        R = self._project(group, p, own(g).to(compute_device(p))) if g is p.grad else g
         if R.dim() == 0:  # no basis could be had: this matrix waits for the next step
             return
         N, P = adam(R, *moments(state, R), group), state["basis"]
@@ -283,14 +284,16 @@ class ProjectedAdam(torch.optim.Optimizer):
             write_back(p_rows, rows @ right, group, noise)  # W = (1 - lr weight_decay) W - lr N P^T
 
     def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor:
-        """R = G P, after renewing P if it is due. A scalar, 0 or nan, stands for no R: G is zero or not finite, or its
-        SVD did not converge, and the matrix or the whole step waits."""
+        """R = G P, after renewing P if it is due. G: the gradient, or the rows of it that this process holds of p. A
+        scalar, 0 or nan, stands for no R: G is zero or not finite, or its SVD did not converge, and the matrix or the
+        whole step waits."""
         state = self.state[p]
         if self._basis_is_due(group, p):
-            if magnitude(G) == 0:
+            all_rows = whole(G, p)
+            if magnitude(all_rows) == 0:
                 return torch.tensor(0.0, device=G.device)
             try:
-                P = projection_basis(G, group["rank"], group["svd"])
+                P = projection_basis(all_rows, group["rank"], group["svd"])
             except torch.linalg.LinAlgError:
                 return torch.tensor(math.nan, device=G.device)
             if is_sharded(p):  # eigenvectors of two machines need not agree
@@ -299,9 +302,9 @@ class ProjectedAdam(torch.optim.Optimizer):
                 state.clear()
             elif "exp_avg" in state:  # puts the first moment into the coordinates of the new basis
                 turn = state["basis"].T @ P  # [rank, rank]
-                state["exp_avg"] = state["exp_avg"] @ turn if is_tall(G) else turn.T @ state["exp_avg"]
+                state["exp_avg"] = state["exp_avg"] @ turn if is_tall(p) else turn.T @ state["exp_avg"]
             state["basis"] = P
-        R = project(G, state["basis"])
+        R = project(G, state["basis"], p)
         if group["residual"]:
             self._add_residual(group, p, G, R)
         return R
@@ -311,11 +314,14 @@ class ProjectedAdam(torch.optim.Optimizer):
         state, dim = self.state[p], int(is_tall(p))
         wide = torch.promote_types(G.dtype, torch.float32)
         inside = R.norm(dim=dim, keepdim=True).clamp(min=1e-30)  # |R_i|, [m, 1] or [1, n]
-        total = torch.linalg.vector_norm(G, dim=dim, keepdim=True, dtype=wide).float().clamp(min=1e-30)  # |G_i|
+        total = torch.linalg.vector_norm(G, dim=dim, keepdim=True, dtype=wide).float()  # |G_i|
+        if is_sharded(p):  # of all rows
+            total = whole(total, p) if is_tall(p) else sum_over_processes(total.square(), p).sqrt()
+        total = total.clamp(min=1e-30)
         # P is orthonormal, so |S_i|^2 = |G_i|^2 - |R_i|^2: lengths are known before anything is made.
         outside = total * (1 - (inside / total).square()).clamp(min=0).sqrt()
         lengths = state.get("lengths", torch.full_like(inside, R.shape[dim] ** 0.5))  # |N_i|
-        length = (lengths * outside / inside).clamp(max=G.shape[dim] ** 0.5)
+        length = (lengths * outside / inside).clamp(max=p.shape[dim] ** 0.5)
         norm = length.norm()
         before, finite = state.get("residual", torch.full_like(norm, math.inf)), norm.isfinite()
         limited = torch.minimum(norm, MAX_GROWTH * before)
@@ -325,7 +331,7 @@ class ProjectedAdam(torch.optim.Optimizer):
         index = next(n for n, q in enumerate(q for group in self.param_groups for q in group["params"]) if q is p)
         seed, here, group = (group["steps"], index, 1), rows_of(p), group | {"weight_decay": 0.0}
         for p_rows, G_rows, left_rows, gain_rows, noise in row_blocks(
-            p, seed, G[here], left[here], gain.expand(len(G), -1)[here]
+            p, seed, G, left[here], gain.expand(len(p), -1)[here]
         ):
             S = torch.addmm(G_rows.float(), left_rows, right, alpha=-1)
             write_back(p_rows, S.mul_(gain_rows).masked_fill_(~finite, 0.0), group, noise)
@@ -349,7 +355,7 @@ class ProjectedAdam(torch.optim.Optimizer):
             if self.in_backward and group["rank"] is not None and is_sharded(g):
                 # Not made by factors, but by autograd: FSDP has taken the mean over the processes already.
                 p.grad = ProjectedGradient(p, self)
-                p.grad.G, g = whole(g), p.grad
+                p.grad.G, g = own(g), p.grad
             if isinstance(g, ProjectedGradient):
                 if g.optimizer() is self and group["rank"] is not None:
                     g = g.low_rank(group)
@@ -459,11 +465,13 @@ def is_tall(W: Tensor) -> bool:
     return W.shape[0] >= W.shape[1]
 
 
-def project(G: Tensor, P: Tensor) -> Tensor:
-    """R of a gradient [m, n], in fp32: [m, rank] or [rank, n]."""
-    if is_tall(G):
-        return torch.cat([rows @ P for (rows,) in fp32_rows(G)])
-    return sum(P_rows.T @ rows for rows, P_rows in fp32_rows(G, P))
+def project(G: Tensor, P: Tensor, p: Tensor | None = None) -> Tensor:
+    """R of a gradient [m, n], in fp32: [m, rank] or [rank, n]. With a sharded weight p: of the gradient of which each
+    process gives the rows that it holds of p."""
+    p = G if p is None else p
+    if is_tall(p):
+        return whole(torch.cat([rows @ P for (rows,) in fp32_rows(G)]), p)
+    return sum_over_processes(sum(P_rows.T @ rows for rows, P_rows in fp32_rows(G, P[rows_of(p)])), p)
 
 
 def moments(state: dict, g: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -645,7 +653,7 @@ class ProjectedGradient(Tensor):
             p = self.p()
             G, self.G = self.G.to(compute_device(p)), None
             if self.partial:
-                mean_over_processes(G, p)
+                G = mean_over_processes(G, p)[rows_of(p)]
             self.partial = False
             self.R = self.optimizer()._project(group, p, G)
         return self.R
@@ -830,10 +838,16 @@ def whole(x: Tensor, like: Tensor | None = None) -> Tensor:
     return gathered[: len(like)]
 
 
-def mean_over_processes(x: Tensor, p: Tensor) -> None:
+def sum_over_processes(x: Tensor, p: Tensor) -> Tensor:
+    """x becomes the sum of what the processes that share p have of it."""
+    if is_sharded(p):
+        torch.distributed.all_reduce(x, group=p.device_mesh.get_group())
+    return x
+
+
+def mean_over_processes(x: Tensor, p: Tensor) -> Tensor:
     """x becomes the mean of what the processes that share p have of it."""
-    torch.distributed.all_reduce(x, group=p.device_mesh.get_group())
-    x.div_(p.device_mesh.size())
+    return sum_over_processes(x, p).div_(p.device_mesh.size())
 
 
 def compute_device(p: Tensor) -> torch.device:

@@ -3077,21 +3077,27 @@ def test_what_host_memory_cannot_hold_is_refused_with_what_needs_less(
 
 
 def sharded_process(rank: int, folder: str) -> None:
-    """One of two processes with somebody's own FSDP loop: an optimizer's own state_dict, saved and loaded by each."""
+    """One of two processes with somebody's own FSDP loop, and one without: the weights that they train, and whether each
+    process can load its optimizer's own state_dict."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 5))
-    fully_shard(net, mesh=mesh)
-    groups = [{"params": [net[0].weight], "rank": 2}, {"params": [*net[1].parameters(), net[0].bias]}]
-    optimizer = ProjectedAdam(groups, lr=1e-2)
-    for _ in range(3):
-        optimizer.zero_grad()
-        net(torch.ones(4, 7)).square().sum().backward()
-        optimizer.step()
+    alone = nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 5))  # a tall weight, and a wide one
+    net = fully_shard(copy.deepcopy(alone), mesh=mesh)
+    x, trained = torch.randn(4, 7), []
+    for model in (alone, net):
+        kinds = [[p for p in model.parameters() if p.dim() == dim] for dim in (2, 1)]
+        groups = [{"params": kinds[0], "rank": 2, "update_gap": 2, "residual": True}, {"params": kinds[1]}]
+        optimizer = ProjectedAdam(groups, lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+        trained.append([owlore.whole(p.detach()) for p in model.parameters()])
+    as_one = [torch.allclose(*pair, rtol=1e-4, atol=1e-6) for pair in zip(*trained)]
     other = ProjectedAdam(groups, lr=1e-2)
     other.load_state_dict(optimizer.state_dict())
     same = [torch.equal(v, other.state[p][k]) for p, s in optimizer.state.items() for k, v in s.items() if k != "step"]
@@ -3102,18 +3108,18 @@ def sharded_process(rank: int, folder: str) -> None:
             ProjectedAdam([weight], lr=1e-2)
         except ValueError as error:
             refused.append("by rows" in str(error))
-    torch.save((same, refused), Path(folder) / f"{rank}.pt")
+    torch.save((as_one, same, refused), Path(folder) / f"{rank}.pt")
     os._exit(0)
 
 
-def test_state_of_sharded_weights_is_loaded_by_each_process_and_other_shardings_are_refused(tmp_path):
+def test_anybodys_sharded_weights_are_trained_like_whole_ones_and_other_shardings_are_refused(tmp_path):
     processes = [SERVER.Process(target=sharded_process, args=(rank, str(tmp_path))) for rank in range(2)]
     for process in processes:
         process.start()
     for rank, process in enumerate(processes):
         process.join(60)
-        same, refused = torch.load(tmp_path / f"{rank}.pt")
-        assert len(same) == 9 and all(same) and refused == [True, True]
+        as_one, same, refused = torch.load(tmp_path / f"{rank}.pt")
+        assert as_one == [True] * 4 and len(same) == 14 and all(same) and refused == [True, True]
 
 
 def test_more_processes_than_rows_are_refused(base, tmp_path):

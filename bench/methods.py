@@ -510,6 +510,7 @@ def budget(args: argparse.Namespace) -> str:
     flags["owlore, residual, scale 1, 20 of 32 layers"] = many_layers(args) | RESIDUAL | SLOW_EMBEDDINGS
     flags["owlore, residual, scale 1, all layers"] = many_layers(args, L) | RESIDUAL
     flags["owlore, residual, all layers"] = many_layers(args, L) | HALF
+    flags["owlore, residual, all layers, lisa's memory"] = many_layers(args, L) | HALF | {"rank": args.config.dim // 24}
     flags["owlore, residual, train.py's default"] = by_default(args)
     flags["full"] = {"method": "full", "embeddings": "frozen"}
     rows = [search(args, name, row) for name, row in flags.items()]
