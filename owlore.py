@@ -283,13 +283,13 @@ class ProjectedAdam(torch.optim.Optimizer):
         for p_rows, rows, noise in row_blocks(p, seed, left[rows_of(p)]):
             write_back(p_rows, rows @ right, group, noise)  # W = (1 - lr weight_decay) W - lr N P^T
 
-    def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor:
-        """R = G P, after renewing P if it is due. G: the gradient, or the rows of it that this process holds of p. A
-        scalar, 0 or nan, stands for no R: G is zero or not finite, or its SVD did not converge, and the matrix or the
-        whole step waits."""
+    def _project(self, group: dict, p: Tensor, G: Tensor, all_rows: Tensor | None = None) -> Tensor:
+        """R = G P, after renewing P if it is due. G: the rows of the gradient that this process holds of p, as all are if
+        p is not sharded; all_rows: all of them, if they are there already. A scalar, 0 or nan, stands for no R: G is
+        zero or not finite, or its SVD did not converge, and the matrix or the whole step waits."""
         state = self.state[p]
         if self._basis_is_due(group, p):
-            all_rows = whole(G, p)
+            all_rows = whole(G, p) if all_rows is None else all_rows
             if magnitude(all_rows) == 0:
                 return torch.tensor(0.0, device=G.device)
             try:
@@ -304,20 +304,20 @@ class ProjectedAdam(torch.optim.Optimizer):
                 turn = state["basis"].T @ P  # [rank, rank]
                 state["exp_avg"] = state["exp_avg"] @ turn if is_tall(p) else turn.T @ state["exp_avg"]
             state["basis"] = P
+        del all_rows
         R = project(G, state["basis"], p)
         if group["residual"]:
             self._add_residual(group, p, G, R)
         return R
 
     def _add_residual(self, group: dict, p: Tensor, G: Tensor, R: Tensor) -> None:
-        """W_i = W_i - lr (|N_i| / |R_i|) S_i, with S = G - R P^T, within limits; nothing if G is not finite."""
+        """W_i = W_i - lr (|N_i| / |R_i|) S_i, with S = G - R P^T, within limits; nothing if G is not finite. G: as in
+        `_project`; R: that of all rows."""
         state, dim = self.state[p], int(is_tall(p))
         wide = torch.promote_types(G.dtype, torch.float32)
         inside = R.norm(dim=dim, keepdim=True).clamp(min=1e-30)  # |R_i|, [m, 1] or [1, n]
-        total = torch.linalg.vector_norm(G, dim=dim, keepdim=True, dtype=wide).float()  # |G_i|
-        if is_sharded(p):  # of all rows
-            total = whole(total, p) if is_tall(p) else sum_over_processes(total.square(), p).sqrt()
-        total = total.clamp(min=1e-30)
+        squares = torch.linalg.vector_norm(G, dim=dim, keepdim=True, dtype=wide).float().square()
+        total = joined(squares, p).sqrt().clamp(min=1e-30)  # |G_i|
         # P is orthonormal, so |S_i|^2 = |G_i|^2 - |R_i|^2: lengths are known before anything is made.
         outside = total * (1 - (inside / total).square()).clamp(min=0).sqrt()
         lengths = state.get("lengths", torch.full_like(inside, R.shape[dim] ** 0.5))  # |N_i|
@@ -470,8 +470,8 @@ def project(G: Tensor, P: Tensor, p: Tensor | None = None) -> Tensor:
     process gives the rows that it holds of p."""
     p = G if p is None else p
     if is_tall(p):
-        return whole(torch.cat([rows @ P for (rows,) in fp32_rows(G)]), p)
-    return sum_over_processes(sum(P_rows.T @ rows for rows, P_rows in fp32_rows(G, P[rows_of(p)])), p)
+        return joined(torch.cat([rows @ P for (rows,) in fp32_rows(G)]), p)
+    return joined(sum(P_rows.T @ rows for rows, P_rows in fp32_rows(G, P[rows_of(p)])), p)
 
 
 def moments(state: dict, g: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -651,11 +651,11 @@ class ProjectedGradient(Tensor):
         """R of the whole step, or a scalar, as `ProjectedAdam._project`."""
         if self.G is not None:
             p = self.p()
-            G, self.G = self.G.to(compute_device(p)), None
+            G, self.G, all_rows = self.G.to(compute_device(p)), None, None
             if self.partial:
-                G = mean_over_processes(G, p)[rows_of(p)]
-            self.partial = False
-            self.R = self.optimizer()._project(group, p, G)
+                all_rows = mean_over_processes(G, p)
+                self.partial, G = False, all_rows[rows_of(p)]
+            self.R = self.optimizer()._project(group, p, G, all_rows)
         return self.R
 
     @classmethod
@@ -694,7 +694,7 @@ def project_in_backward(group: dict, optimizer: ProjectedAdam) -> None:
     @torch.utils.hooks.unserializable_hook
     def hook(p: Tensor) -> None:
         optimizer = reference()
-        # A sharded gradient is the sum over all processes, of which each has some rows: it is projected by `step`.
+        # A sharded gradient is the mean over all processes, of which each has some rows: it is projected by `step`.
         if projected_group(p, optimizer) is None or is_sharded(p.grad):
             return
         if not isinstance(p.grad, ProjectedGradient):
@@ -794,7 +794,8 @@ def project_factors(module: Linear, p: Tensor, dY: Tensor, X: Tensor) -> bool:
 # 6. Weights that several processes share: FSDP2 (torch.distributed.fsdp.fully_shard)
 #
 # Each process holds some rows of every weight, a DTensor, and all of the small things: P, R and their moments. R is the
-# mean over the processes, as FSDP's own gradients are, so bases and updates are alike, and each updates its own rows.
+# mean over the processes, as FSDP's own gradients are, of which each projects its rows; only a new basis needs all of
+# them. So bases and updates are alike, and each updates its own rows.
 
 
 def is_sharded(x: Tensor | None) -> bool:
@@ -838,16 +839,18 @@ def whole(x: Tensor, like: Tensor | None = None) -> Tensor:
     return gathered[: len(like)]
 
 
-def sum_over_processes(x: Tensor, p: Tensor) -> Tensor:
-    """x becomes the sum of what the processes that share p have of it."""
-    if is_sharded(p):
+def joined(x: Tensor, p: Tensor) -> Tensor:
+    """R, or squares, of all rows of p, from those of the rows that each process holds: put together if p is tall, else
+    summed, in place."""
+    if is_sharded(p) and not is_tall(p):
         torch.distributed.all_reduce(x, group=p.device_mesh.get_group())
-    return x
+    return whole(x, p) if is_tall(p) else x
 
 
 def mean_over_processes(x: Tensor, p: Tensor) -> Tensor:
     """x becomes the mean of what the processes that share p have of it."""
-    return sum_over_processes(x, p).div_(p.device_mesh.size())
+    torch.distributed.all_reduce(x, group=p.device_mesh.get_group())
+    return x.div_(p.device_mesh.size())
 
 
 def compute_device(p: Tensor) -> torch.device:

@@ -3077,30 +3077,34 @@ def test_what_host_memory_cannot_hold_is_refused_with_what_needs_less(
 
 
 def sharded_process(rank: int, folder: str) -> None:
-    """One of two processes with somebody's own FSDP loop, and one without: the weights that they train, and whether each
-    process can load its optimizer's own state_dict."""
+    """One of three processes with somebody's own FSDP loop, and one without: whether the weights that they train are
+    equal, and whether each process can load its optimizer's own state_dict."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (3,))
     torch.manual_seed(0)
-    alone = nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 5))  # a tall weight, and a wide one
-    net = fully_shard(copy.deepcopy(alone), mesh=mesh)
-    x, trained = torch.randn(4, 7), []
-    for model in (alone, net):
-        kinds = [[p for p in model.parameters() if p.dim() == dim] for dim in (2, 1)]
-        groups = [{"params": kinds[0], "rank": 2, "update_gap": 2, "residual": True}, {"params": kinds[1]}]
-        optimizer = ProjectedAdam(groups, lr=1e-2)
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(x).square().sum().backward()
-            optimizer.step()
-        trained.append([owlore.whole(p.detach()) for p in model.parameters()])
-    as_one = [torch.allclose(*pair, rtol=1e-4, atol=1e-6) for pair in zip(*trained)]
-    other = ProjectedAdam(groups, lr=1e-2)
-    other.load_state_dict(optimizer.state_dict())
-    same = [torch.equal(v, other.state[p][k]) for p, s in optimizer.state.items() for k, v in s.items() if k != "step"]
+    # A tall weight, a wide one, and one of which a process has no rows; all gradients are of rank 2
+    first = nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 5), nn.Linear(5, 2))
+    x, as_one, same = torch.randn(4, 7), [], []
+    for in_backward in (False, True):
+        trained = []
+        for model in (copy.deepcopy(first), fully_shard(copy.deepcopy(first), mesh=mesh)):
+            kinds = [[p for p in model.parameters() if p.dim() == dim] for dim in (2, 1)]
+            groups = [{"params": kinds[0], "rank": 1, "update_gap": 2, "residual": True}, {"params": kinds[1]}]
+            optimizer = ProjectedAdam(groups, lr=1e-2, in_backward=in_backward)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(x).square().sum().backward()
+                optimizer.step()
+            trained.append([owlore.whole(p.detach()) for p in model.parameters()])
+        as_one += [torch.allclose(*pair, rtol=1e-4, atol=1e-6) for pair in zip(*trained)]
+        other = ProjectedAdam(groups, lr=1e-2)
+        other.load_state_dict(optimizer.state_dict())
+        same += [
+            torch.equal(v, other.state[p][k]) for p, s in optimizer.state.items() for k, v in s.items() if k != "step"
+        ]
     refused = []
     for placement in (Shard(1), Replicate()):
         weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [placement]))
@@ -3113,13 +3117,13 @@ def sharded_process(rank: int, folder: str) -> None:
 
 
 def test_anybodys_sharded_weights_are_trained_like_whole_ones_and_other_shardings_are_refused(tmp_path):
-    processes = [SERVER.Process(target=sharded_process, args=(rank, str(tmp_path))) for rank in range(2)]
+    processes = [SERVER.Process(target=sharded_process, args=(rank, str(tmp_path))) for rank in range(3)]
     for process in processes:
         process.start()
     for rank, process in enumerate(processes):
         process.join(60)
         as_one, same, refused = torch.load(tmp_path / f"{rank}.pt")
-        assert as_one == [True] * 4 and len(same) == 14 and all(same) and refused == [True, True]
+        assert as_one == [True] * 12 and len(same) == 42 and all(same) and refused == [True, True]
 
 
 def test_more_processes_than_rows_are_refused(base, tmp_path):

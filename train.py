@@ -429,7 +429,7 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--lora-alpha", type=positive, help="lora's additions count alpha / rank (default: twice the rank)")
     add("--update-gap", type=at_least(1), default=100, help="steps of a matrix between two projections (default: %(default)s)")
     add("--scale", type=positive, help="of the projected update, not of what --residual adds (default: owlore 0.5, others 1, and so owlore with --rank 0 or at most the paper's --active)")
-    add("--residual", action=argparse.BooleanOptionalAction, help="also follow what of a gradient the projection leaves out; in several micro-batches, and on several cards, whole gradients wait for it (default: owlore, but not with --rank 0 or at most the paper's --active)")
+    add("--residual", action=argparse.BooleanOptionalAction, help="also follow what of a gradient the projection leaves out; in several micro-batches whole gradients wait for it in host memory, on several cards each one's rows of them (default: owlore, but not with --rank 0 or at most the paper's --active)")
     add("--svd", choices=("randomized", "exact"), default="randomized", help="default: %(default)s")
     add("--threshold", type=at_least(1e-12, float, 1000), help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")
     add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: owlore projected, lora frozen, others full, and so owlore with --rank 0 or at most the paper's --active)")

@@ -71,9 +71,9 @@ MIB = 2**20
 class KeepMoments(ProjectedAdam):
     """As in the published code: the moments stay, though the first one's coordinates are those of the basis before."""
 
-    def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor:
+    def _project(self, group: dict, p: Tensor, G: Tensor, *args) -> Tensor:
         before = self.state[p].get("exp_avg")
-        R = super()._project(group, p, G)
+        R = super()._project(group, p, G, *args)
         if before is not None and "exp_avg" in self.state[p]:
             self.state[p]["exp_avg"] = before
         return R
@@ -82,9 +82,9 @@ class KeepMoments(ProjectedAdam):
 class ResetMoments(ProjectedAdam):
     """Both moments begin anew, and with them the steps that Adam's bias correction counts."""
 
-    def _project(self, group: dict, p: Tensor, G: Tensor) -> Tensor:
+    def _project(self, group: dict, p: Tensor, G: Tensor, *args) -> Tensor:
         due = self._basis_is_due(group, p)
-        R = super()._project(group, p, G)
+        R = super()._project(group, p, G, *args)
         for key in ("exp_avg", "exp_avg_sq", "step") if due else ():
             self.state[p].pop(key, None)
         return R
