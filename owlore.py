@@ -494,9 +494,12 @@ def adam(g: Tensor, m: Tensor, v: Tensor, t: int, group: dict) -> Tensor:
 
 def write_back(p: Tensor, update: Tensor, group: dict, noise: Tensor | None) -> None:
     """p = (1 - lr weight_decay) p - lr update, computed in fp32; update has the shape of p."""
-    new = p.to(update.device, torch.promote_types(p.dtype, torch.float32)) * (1 - group["lr"] * group["weight_decay"])
+    new = p.to(update.device, torch.promote_types(p.dtype, torch.float32))  # p itself, if that is what it is already
+    if group["weight_decay"]:
+        new.mul_(1 - group["lr"] * group["weight_decay"])
     new.sub_(update, alpha=group["lr"])
-    p.copy_(stochastic_round(new, noise) if p.dtype == torch.bfloat16 else new)
+    if new is not p:
+        p.copy_(stochastic_round(new, noise) if p.dtype == torch.bfloat16 else new)
 
 
 def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
