@@ -17,7 +17,7 @@ import re
 import signal
 import warnings
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,9 +94,7 @@ def parse_messages(messages: object) -> list[tuple[str, str]]:
                 turns.append((prompt + "### Response:\n", as_text(content)))
                 prompt = ""
             case _:
-                raise ValueError(
-                    "a message has role (system, user, assistant) and content, or from (human, gpt) and value"
-                )
+                raise ValueError("a message has role (system, user, assistant) + content, or from (human, gpt) + value")
     if not turns:
         raise ValueError("has no message of an assistant to train on")
     return turns
@@ -112,8 +110,7 @@ def as_text(value: object) -> str:
 
 def load_records(path: str | Path) -> list[Record]:
     """Read a text file (`.txt`) or JSON: a list of records, {"type", "instances"}, or one record after another. Those
-    without anything to learn, as every completion is empty, are left out, with a warning. Raises InputError, with the
-    line's or the record's number, for what cannot be read, and OSError for a file that is not there."""
+    without anything to learn are left out, with a warning. Raises InputError, with the line or record, or OSError."""
     path = Path(path)
     if path.suffix == ".txt":
         return [Record([("", read_text(path))], plain=True)]
@@ -290,10 +287,19 @@ def encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
     for line in tqdm(lines[1:], "tokenising lines", leave=False, disable=None):
         line_ids = tokenizer.encode("\n" + line, bos=False)
         if line_ids[: len(newline)] != newline:  # this vocabulary merges across lines
-            ids = array("i", tokenizer.encode(text, bos=False))
-            break
+            return np.array(tokenizer.encode(text, bos=False), dtype=np.int32)
         ids.extend(line_ids[len(newline) :])
     return np.array(ids)
+
+
+def grouped(items: Iterable, fits: Callable[[list], bool]) -> list[list]:
+    """The items in their order, put together as long as a group fits. One alone always does."""
+    groups = [[]]
+    for item in items:
+        if groups[-1] and not fits([*groups[-1], item]):
+            groups.append([])
+        groups[-1].append(item)
+    return groups
 
 
 class Dataset:
@@ -336,15 +342,8 @@ class Dataset:
 
     def packed(self, seq_len: int, seed: int) -> list[list[int]]:
         """All rows in a random order, put together as long as they read no more than seq_len tokens."""
-        groups, room = [], -1
-        for n in np.random.default_rng(seed).permutation(len(self.rows)):
-            length = len(self[n]) - 1
-            if length > room:
-                groups.append([])
-                room = seq_len
-            groups[-1].append(n)
-            room -= length
-        return groups
+        order = np.random.default_rng(seed).permutation(len(self.rows))
+        return grouped(order, lambda group: sum(len(self[n]) - 1 for n in group) <= seq_len)
 
     def sample(self, count: int, seed: int) -> list[Tensor]:
         """The tokens of at most `count` rows drawn at random, int64 [1, T] each, to calibrate on."""
@@ -372,8 +371,7 @@ class Layout(NamedTuple):
     back into rows, [B, T] for each group of rows that are about as long, with padding at the right, where causal
     attention does not look.
 
-    A row may branch: behind a common beginning, branch 0, it has several continuations that do not see each other.
-    """
+    A row may branch: behind a common beginning, branch 0, it has several continuations that do not see each other."""
 
     shapes: list[tuple[int, int]]  # B, T of each group
     positions: Tensor  # int [N]: of each token in its row, for a branch counted on from where it begins
@@ -403,10 +401,9 @@ class Layout(NamedTuple):
         for (_, T), position, branch in zip(self.shapes, self.pad(self.positions), self.pad(branches)):
             seen = None
             if self.branches is not None or T > window:
-                order = torch.arange(T, device=position.device)
                 near = position[:, :, None] - position[:, None] < window  # [B, T, T]
                 joined = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
-                seen = (near & joined & (order[:, None] >= order))[:, None]
+                seen = (near & joined).tril()[:, None]
             masks.append(seen)
         return masks
 
@@ -441,11 +438,8 @@ def lay_out(examples: Sequence[Sequence[np.ndarray]]) -> tuple[Tensor, Tensor, L
     counts = [len(targets) for *_, targets in laid]
     joined = (torch.from_numpy(np.concatenate(arrays).astype(np.int64)) for arrays in zip(*laid))
     tokens, positions, branches, predicting, targets = joined
-    groups = [[]]  # of lengths, the longest at most 1.25 times the shortest: a tenth of attention is padding then
-    for length in lengths:
-        if groups[-1] and max(*groups[-1], length) > 1.25 * min(*groups[-1], length):
-            groups.append([])
-        groups[-1].append(length)
+    # The longest at most 1.25 times the shortest: a tenth of attention is padding then
+    groups = grouped(lengths, lambda group: max(group) <= 1.25 * min(group))
     shapes = [(len(group), max(*group, 1)) for group in groups]
     begins = np.cumsum([0] + [T for B, T in shapes for _ in range(B)])
     places = torch.cat([torch.arange(begin, begin + length) for begin, length in zip(begins, lengths)])

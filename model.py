@@ -96,9 +96,7 @@ class ModelConfig:
 
 def rotary(config: ModelConfig, positions: Tensor) -> Tensor:
     """e^(i angle) of the rotary angles (RoFormer, arXiv 2104.09864): pair i at position t turns by t * theta^(-2i/d).
-
-    positions: [T]. Returns complex64 [T, head_dim / 2].
-    """
+    positions: [T]. Returns complex64 [T, head_dim / 2]."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     if config.use_scaled_rope:
@@ -147,7 +145,7 @@ class Attention(nn.Module):
         self.wo = Linear(config.n_heads * config.head_dim, config.dim)
 
     def forward(self, x: Tensor, rotation: Tensor, layout: Layout, masks: list, cache: dict | None = None) -> Tensor:
-        """x: [N, dim] -> [N, dim]. masks: of each group of rows, bool [..., T, keys], or None for plain causal attention."""
+        """x: [N, dim] -> [N, dim]. masks: of each group of rows, bool [..., T, keys]; None: plain causal attention."""
         q = rotate(self.wq(x).view(-1, self.n_heads, self.head_dim), rotation)
         k = rotate(self.wk(x).view(-1, self.n_kv_heads, self.head_dim), rotation)
         v = self.wv(x).view(-1, self.n_kv_heads, self.head_dim)
@@ -240,8 +238,7 @@ class Transformer(nn.Module):
         of all tokens int [B, T] of full rows.
 
         cache: empty at first, then what the tokens before these left in it: of each attention module keys and values,
-        [B, n_kv_heads, start, head_dim].
-        """
+        [B, n_kv_heads, start, head_dim]."""
         start = next(iter(cache.values()))[0].shape[2] if cache else 0
         shape, masks = tokens.shape, [None]
         if layout is None:
@@ -328,8 +325,7 @@ def logits_gradient(logits: Tensor, log_z: Tensor, targets: Tensor, count: int) 
     """(softmax(logits) - onehot(targets)) / count, written over the logits of some tokens for some of the vocabulary.
 
     logits: fp32 [n, v]; log_z: [n, 1], log(sum(exp)) over the whole vocabulary; targets: int [n, 1], counted from the
-    first of the v words, so that those outside 0 ... v - 1 belong to other words.
-    """
+    first of the v words, so that those outside 0 ... v - 1 belong to other words."""
     softmax = logits.sub_(log_z).exp_()
     inside = (targets >= 0) & (targets < logits.shape[1])
     softmax.scatter_add_(1, targets.clamp(0, logits.shape[1] - 1), -inside.float())
@@ -341,12 +337,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     Beside the mean it returns the loss of each token, [K], without gradients.
 
     A chunk's gradient is ready as soon as its logits are, so the forward pass computes it while it has them, and the
-    backward pass only scales it. This saves 2.0 GiB of a 7B's step at 16 x 512 beside F.cross_entropy of all logits.
-    """
+    backward pass only scales it. This saves 2.0 GiB of a 7B's step at 16 x 512 beside F.cross_entropy of all logits."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden: [K, dim]; weight: [V, dim]; targets: int [K] -> mean loss, a scalar, and that of each token, [K], fp32."""
+        """hidden: [K, dim]; weight: [V, dim]; targets: int [K] -> mean loss, a scalar, and each token's, [K], fp32."""
         K, V, targets = len(hidden), len(weight), targets[:, None]
         losses, log_z = (hidden.new_empty(shape, dtype=torch.float32) for shape in (K, (K, 1)))
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -552,7 +547,7 @@ def read_checkpoint(path: str | Path) -> tuple[ModelConfig, dict[str, list[Tenso
         embedding, output = (pieces.get(name, []) for name in ("tok_embeddings.weight", "output.weight"))
         if params.get("vocab_size", -1) == -1:
             params["vocab_size"] = sum(len(shard) for shard in output if shard.dim())
-        if all(map(torch.equal, embedding, output)):  # LLaMA-3.2 is tied, and its raw file holds the matrix twice
+        if output and all(map(torch.equal, embedding, output)):  # LLaMA-3.2 is tied; its raw file holds it twice
             params["tie_word_embeddings"] = True
     try:
         config = ModelConfig(**params)
@@ -576,7 +571,7 @@ def require_device(device: str) -> None:
 def load_model(
     path: str | Path, device: str = "cpu", dtype: torch.dtype | None = torch.float32, distribute: Callable | None = None
 ) -> Transformer:
-    """Load a checkpoint folder of either layout. dtype: None for that of the files. distribute: takes the model while it
+    """Load a checkpoint folder of either layout. dtype: None: that of the files. distribute: takes the model while it
     has no memory, has FSDP shard it, and returns the device of the shards, to which each process then copies its own
     rows. Raises InputError, in one line, for whatever is wrong with the folder."""
     require_device(device)
@@ -684,8 +679,7 @@ def save_model(model: Transformer, path: str | Path, layout: str = "meta", write
     weights are sharded, all processes call this, and one writes.
 
     Raises InputError if the folder already holds weights that this layout's file would not replace, OSError or
-    RuntimeError (torch.save's) if writing fails, and KeyError for another layout.
-    """
+    RuntimeError (torch.save's) if writing fails, and KeyError for another layout."""
     path, config, values = Path(path), model.config, saved_weights(model)
     files = {"meta": ("consolidated.00.pth", "params.json"), "hf": ("model.safetensors", "config.json")}[layout]
     try:
@@ -713,8 +707,7 @@ def save_model(model: Transformer, path: str | Path, layout: str = "meta", write
 
 def main() -> None:
     """`python model.py --ckpt DIR --prompt TEXT`: print the prompt and stream its continuation; or --export it."""
-    about = "Continue a prompt with a LLaMA-style checkpoint, or save it in Hugging Face's layout."
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=main.__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
     add("--prompt", default="", help="text to continue (default: begin from the BOS token alone)")

@@ -44,8 +44,7 @@ def outlier_distribution(
     model: run once on each of the calibration batches, in eval mode, as `model(batch)`, or `model(**batch)` for a dict.
     layers: its blocks, whose nn.Linear are scored. threshold: how many times the mean an outlier is; by default what
     suits their width (`default_threshold`). Returns fp32 [L] on the CPU, fractions in [0, 1]. Warns if there are no
-    outliers at all. Raises ValueError for a layer without a linear that runs, or without scores that are finite.
-    """
+    outliers at all. Raises ValueError for a layer without a linear that runs, or without scores that are finite."""
     linears = [find_linears(layer) for layer in layers]
     if not linears or not all(linears) or not all(m.weight.is_floating_point() for m in sum(linears, [])):
         raise ValueError("outlier_distribution needs layers with an nn.Linear each, its weights float, not quantized")
@@ -87,10 +86,8 @@ def outlier_distribution(
         outliers = sum((scores(linear) > threshold * mean).sum() for linear in layer)
         D.append((outliers / size).float().cpu())  # D_l = #{A_ij > threshold mean(A)} / #{A_ij}
     if not any(D):
-        suits = f"{default_threshold(width):.2g} suits a width of {width}"
-        warnings.warn(
-            f"no score is {threshold:g} times its layer's mean: use a smaller threshold, {suits}", stacklevel=3
-        )
+        less = f"use a smaller threshold, {default_threshold(width):.2g} suits a width of {width}"
+        warnings.warn(f"no score is {threshold:g} times its layer's mean: {less}", stacklevel=3)
     return torch.stack(D)
 
 
@@ -114,8 +111,7 @@ def hill_alpha(weight: Tensor) -> float:
         alpha = 1 + k / sum_{i=1..k} ln(e_{n-i+1} / e_{n-k}),   k = n / 2
 
     weight: W [m, n]. e_1 <= ... <= e_n: the eigenvalues of W^T W, or of W W^T if m < n (the same, without its extra
-    zeros). 1 if e_{n-k} is zero to the precision of fp32: no tail is heavier. Raises ValueError below 2 x 2.
-    """
+    zeros). 1 if e_{n-k} is zero to the precision of fp32: no tail is heavier. Raises ValueError below 2 x 2."""
     if weight.dim() != 2 or min(weight.shape) < 2:
         raise ValueError(f"hill_alpha needs a matrix of at least 2 x 2, not {list(weight.shape)}")
     s = torch.linalg.svdvals(weight.float()).double()  # sqrt(e), the largest first
@@ -136,8 +132,7 @@ def sampling_probabilities(outliers: Tensor, mode: str = "outlier") -> Tensor:
         uniform     p_l = 1 / L, as in LISA (arXiv 2403.17919)
         reverse     max(p) - p_l, normalised
         increasing  in proportion to 1, 2, ..., L; decreasing: to L, ..., 2, 1
-    Raises ValueError for another mode, or outliers that are negative or not finite.
-    """
+    Raises ValueError for another mode, or outliers that are negative or not finite."""
     D = torch.as_tensor(outliers) * 1.0  # of integers, too
     if D.dim() != 1 or not len(D) or not (torch.isfinite(D) & (D >= 0)).all():
         raise ValueError("outliers must be finite and not negative, one per layer")
@@ -157,8 +152,7 @@ class LayerSampler:
     the others take turns. A layer of probability 0 is drawn only if fewer than `active` have a positive one; the places
     left are then filled uniformly. Wrap a model in DistributedDataParallel before the first draw: it leaves out what is
     frozen. Raises ValueError if `active` is not between 1 and L, if there are not L probabilities, or if a layer is
-    frozen altogether.
-    """
+    frozen altogether."""
 
     def __init__(self, layers: Sequence[nn.Module], probabilities: Tensor, active: int, seed: int = 0):
         self.layers, self.active = layers, active
@@ -229,8 +223,7 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     It is used like any optimizer: p.grad holds G until `step`. in_backward: project in the backward pass instead, which
     saves the gradients' memory (part 4). svd: "randomized" or "exact". Raises ValueError for settings out of range, and
-    for a projected parameter that is not a matrix.
-    """
+    for a projected parameter that is not a matrix."""
 
     def __init__(
         self,
@@ -284,13 +277,13 @@ class ProjectedAdam(torch.optim.Optimizer):
             write_back(p_rows, rows @ right, group, noise)  # W = (1 - lr weight_decay) W - lr N P^T
 
     def _project(self, group: dict, p: Tensor, G: Tensor, all_rows: Tensor | None = None) -> Tensor:
-        """R = G P, after renewing P if it is due. G: the rows of the gradient that this process holds of p, as all are if
-        p is not sharded; all_rows: all of them, if they are there already. A scalar, 0 or nan, stands for no R: G is
-        zero or not finite, or its SVD did not converge, and the matrix or the whole step waits."""
+        """R = G P, after renewing P if it is due. G: the rows of the gradient that this process holds of p, all if p is
+        not sharded; all_rows: all of them, if they are there already. A scalar, 0 or nan, stands for no R: G is zero or
+        not finite, or its SVD did not converge, and the matrix or the whole step waits."""
         state = self.state[p]
         if self._basis_is_due(group, p):
             all_rows = whole(G, p) if all_rows is None else all_rows
-            if magnitude(all_rows) == 0:
+            if not all_rows.any():
                 return torch.tensor(0.0, device=G.device)
             try:
                 P = projection_basis(all_rows, group["rank"], group["svd"])
@@ -330,11 +323,9 @@ class ProjectedAdam(torch.optim.Optimizer):
         left, right = (R, state["basis"].T) if is_tall(p) else (state["basis"], R)
         index = next(n for n, q in enumerate(q for group in self.param_groups for q in group["params"]) if q is p)
         seed, here, group = (group["steps"], index, 1), rows_of(p), group | {"weight_decay": 0.0}
-        for p_rows, G_rows, left_rows, gain_rows, noise in row_blocks(
-            p, seed, G, left[here], gain.expand(len(p), -1)[here]
-        ):
-            S = torch.addmm(G_rows.float(), left_rows, right, alpha=-1)
-            write_back(p_rows, S.mul_(gain_rows).masked_fill_(~finite, 0.0), group, noise)
+        for p_rows, G_rows, lefts, gains, noise in row_blocks(p, seed, G, left[here], gain.expand(len(p), -1)[here]):
+            S = torch.addmm(G_rows.float(), lefts, right, alpha=-1)
+            write_back(p_rows, S.mul_(gains).masked_fill_(~finite, 0.0), group, noise)
 
     def _basis_is_due(self, group: dict, p: Tensor) -> bool:
         """Whether P must be renewed. A step that changed nothing does not count, so a basis that failed stays due."""
@@ -466,8 +457,7 @@ def is_tall(W: Tensor) -> bool:
 
 
 def project(G: Tensor, P: Tensor, p: Tensor | None = None) -> Tensor:
-    """R of a gradient [m, n], in fp32: [m, rank] or [rank, n]. With a sharded weight p: of the gradient of which each
-    process gives the rows that it holds of p."""
+    """R of a gradient [m, n], fp32 [m, rank] or [rank, n]. Of a sharded p each process gives the rows that it holds."""
     p = G if p is None else p
     if is_tall(p):
         return joined(torch.cat([rows @ P for (rows,) in fp32_rows(G)]), p)
@@ -507,8 +497,7 @@ def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
     then moves a weight by the right amount on average, while rounding to nearest would lose it every time.
 
     bf16 is the upper half of fp32: noise, int32 and uniform in 0 ... 2^16 - 1, added to the lower half carries into the
-    upper one with just the probability wanted. What is not finite stays what it is.
-    """
+    upper one with just the probability wanted. What is not finite stays what it is."""
     rounded = (noise + x.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
@@ -548,21 +537,18 @@ def row_blocks(p: Tensor, seed: tuple, *tensors: Tensor) -> Iterator[tuple]:
         yield *(x[ours] for x in (rows, *tensors)), noise
 
 
-KRYLOV_BLOCKS = 9  # each a quarter of the rank wide, together 2.25 times as wide as P
-
-
 def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Tensor:
     """Orthonormal basis of a gradient's leading directions on its smaller side (GaLore, arXiv 2403.03507).
 
     gradient: G [m, n]. Returns fp32 P of G = U S V^T: V_r [n, rank] if m >= n, U_r [m, rank] if m < n; min(m, n)
     columns if rank is more. svd: "exact", or "randomized": block Krylov iteration (Musco and Musco, arXiv 1504.05477)
     from the same random start each time, so that all processes of a distributed run find the same basis. Raises
-    torch.linalg.LinAlgError if G is not finite or a decomposition fails.
-    """
+    torch.linalg.LinAlgError if G is not finite or a decomposition fails."""
     G = gradient if is_tall(gradient) else gradient.T  # [larger, n]: P spans its rows
     n, width = G.shape[1], max(8, rank // 4)
-    k = KRYLOV_BLOCKS * width
-    size = magnitude(gradient) or 1.0
+    k = 9 * width  # nine blocks, each a quarter of the rank wide: together 2.25 times as wide as P
+    low, high = torch.aminmax(gradient)
+    size = torch.maximum(-low, high).item() or 1.0  # the largest magnitude in G; inf or nan if not all of it is finite
     # A small one is quick to do exactly, and then the last directions do not hang on the rounding errors of G.
     if svd == "exact" or n <= max(k, 256):
         if not math.isfinite(size):
@@ -597,12 +583,6 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     return torch.ormqr(H, tau, F.pad(leading, (0, 0, 0, n - k))).contiguous()  # K leading
 
 
-def magnitude(G: Tensor) -> float:
-    """The largest magnitude of G's entries; inf or nan if they are not all finite."""
-    low, high = torch.aminmax(G)
-    return torch.maximum(-low, high).item()
-
-
 # 4. Project in the backward pass: ProjectedAdam(..., in_backward=True)
 
 
@@ -613,8 +593,7 @@ class ProjectedGradient(Tensor):
     Autograd adds the gradients of further micro-batches to p.grad: each is projected, and they add up as R. A basis
     that is due, and a residual, are those of the whole step's gradient, so the sum of G then waits in host memory for
     the last of the optimizer's `micro_batches`. Whatever else takes p.grad for the gradient is told so at once:
-    GradScaler, torch's clip_grad_norm_ (the optimizer has its own), DistributedDataParallel, another optimizer.
-    """
+    GradScaler, torch's clip_grad_norm_ (the optimizer has its own), DistributedDataParallel, another optimizer."""
 
     @staticmethod
     def __new__(cls, p: Tensor, optimizer: ProjectedAdam):
@@ -681,11 +660,8 @@ class ProjectedGradient(Tensor):
 
 def projected_group(p: Tensor, optimizer: ProjectedAdam | None) -> dict | None:
     """The parameter group of p if the optimizer projects its gradient in the backward pass."""
-    if optimizer is not None and optimizer.in_backward:
-        for group in optimizer.param_groups:
-            if group["rank"] is not None and any(p is q for q in group["params"]):
-                return group
-    return None
+    groups = optimizer.param_groups if optimizer is not None and optimizer.in_backward else []
+    return next((g for g in groups if g["rank"] is not None and any(p is q for q in g["params"])), None)
 
 
 def project_in_backward(group: dict, optimizer: ProjectedAdam) -> None:
@@ -704,9 +680,7 @@ def project_in_backward(group: dict, optimizer: ProjectedAdam) -> None:
             G, p.grad = p.grad, ProjectedGradient(p, optimizer)
             p.grad.add_gradient(G)
         elif p.grad.optimizer() is not optimizer:
-            raise RuntimeError(
-                "another ProjectedAdam projects this gradient: set its in_backward to False or delete it"
-            )
+            raise RuntimeError("another ProjectedAdam projects the gradient: set its in_backward to False or delete it")
 
     for p in group["params"]:
         # torch takes a hook only while the parameter requires a gradient; it stays when the parameter is frozen again.
@@ -775,7 +749,7 @@ def take_factors(model: nn.Module, optimizer: ProjectedAdam) -> None:
 
 def project_factors(module: Linear, p: Tensor, dY: Tensor, X: Tensor) -> bool:
     """Add R of G = dY^T X to p.grad, at rank / m + rank / n of the cost of making G: R = dY^T (X P) if m >= n, else
-    (P^T dY^T) X. False, and nothing done, if a new basis needs G itself or no optimizer projects p."""
+    (P^T dY^T) X. False, and nothing done, if no optimizer projects p, or a new basis needs G (a sharded p adds it)."""
     optimizer, taken = (reference() for reference in module.taker)
     p = taken if is_sharded(taken) else p
     group = projected_group(p, optimizer)
@@ -819,8 +793,7 @@ def rows_of(p: Tensor) -> slice:
 
 
 def own_rows(x: Tensor, p: Tensor) -> Tensor:
-    """The rows of x that belong to those which this process holds of p. x may be these rows already. Raises ValueError
-    if it is neither them nor all of them."""
+    """The rows of x that this process holds of p. x has all rows, or just these; ValueError if it has neither."""
     if not is_sharded(p) or x.shape == own(p).shape:
         return x
     if x.shape != p.shape:
@@ -829,8 +802,7 @@ def own_rows(x: Tensor, p: Tensor) -> Tensor:
 
 
 def whole(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """All rows of a tensor, of which each process holds those that it holds of `like` (x itself if left out), on the
-    device that computes."""
+    """All rows of x, of which each process has those that it holds of `like` (or of x), on the device that computes."""
     like = x if like is None else like
     if not is_sharded(like) or like.device_mesh.size() == 1:
         return own(x).to(compute_device(like))
@@ -843,8 +815,7 @@ def whole(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def joined(x: Tensor, p: Tensor) -> Tensor:
-    """R, or squares, of all rows of p, from those of the rows that each process holds: put together if p is tall, else
-    summed, in place."""
+    """R, or squares, of all rows of p, from each process's part: put together if p is tall, else summed, in place."""
     if is_sharded(p) and not is_tall(p):
         torch.distributed.all_reduce(x, group=p.device_mesh.get_group())
     return whole(x, p) if is_tall(p) else x

@@ -577,6 +577,7 @@ BAD_CHECKPOINTS = {
     "quantized safetensors": (lambda p: edit_header(p, dtype="I8"), "lm_head"),
     "tensor of the wrong shape": (lambda p: edit_tensors(p, output__weight=torch.ones(3, 64)), "output.weight"),
     "tensor that would broadcast": (lambda p: edit_tensors(p, output__weight=torch.ones(101, 1)), "output.weight"),
+    "head missing": (lambda p: edit_tensors(p, "output.weight"), "output.weight"),
     "tensor missing": (lambda p: edit_tensors(p, "layers.1.ffn_norm.weight"), "layers.1.ffn_norm.weight"),
     "bias": (lambda p: edit_tensors(p, layers__0__attention__wq__bias=torch.ones(64)), "wq.bias"),
     "quantized": (lambda p: edit_tensors(p, norm__weight=torch.ones(64).char()), "norm.weight"),

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import owlore
 from data import TINY, Dataset, InputError, at_least, atomic_write, build_validation
-from data import command, common_beginning, copy_tokenizer, lay_out, load_records, read_json, split_records
+from data import command, common_beginning, copy_tokenizer, grouped, lay_out, load_records, read_json, split_records
 from model import CHUNK, ModelConfig, Transformer, add_lora, load, read_checkpoint, require_device, save_model
 from owlore import LayerSampler, ProjectedAdam, outlier_distribution, sampling_probabilities
 
@@ -57,6 +57,7 @@ SAVE_SECONDS, SAVE_SHARE = 15 * 60, 0.05  # the least time between two checkpoin
 # What a resumed run may have otherwise, as it is not part of what is trained; of the data its checksum tells
 MAY_CHANGE = "resume out steps epochs save_every keep eval_every micro_batch_size offload device data val_data".split()
 MIN_RANK = 8  # the least default of --rank
+EMBEDDINGS = "tok_embeddings.weight", "output.weight"  # what --embeddings is about: the embedding and the output head
 
 
 class Method(NamedTuple):
@@ -200,14 +201,9 @@ def step_batches(data: Dataset, args: argparse.Namespace, step: int) -> tuple[li
 # Who is trained, and how
 
 
-def is_embedding(name: str, parameter: Tensor) -> bool:
-    """Whether it is the embedding, or the output head."""
-    return parameter.dim() == 2 and not name.startswith("layers.")
-
-
 def how_trained(name: str, parameter: Tensor, args: argparse.Namespace) -> str:
     """How a parameter is trained while its layer is active: "projected", "plain" or "frozen"."""
-    if is_embedding(name, parameter):
+    if name in EMBEDDINGS:
         return {"full": "plain"}.get(args.embeddings, args.embeddings)
     if args.method == "lora":
         return "plain" if name.endswith((".A", ".B")) else "frozen"
@@ -223,7 +219,7 @@ def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAd
         kind = how_trained(name, parameter, args)
         parameter.requires_grad_(kind != "frozen")
         if kind != "frozen":
-            embedding = is_embedding(name, parameter)
+            embedding = name in EMBEDDINGS
             ratio = args.embeddings_lr_ratio if embedding else args.norms_lr_ratio if parameter.dim() == 1 else 1.0
             residual = args.residual and kind == "projected" and not embedding
             new = {"params": [], "lr_ratio": ratio, "residual": residual, **settings[kind]}
@@ -308,9 +304,8 @@ def host_memory(model: Transformer, args: argparse.Namespace) -> float:
 
 
 def fit(args: argparse.Namespace) -> argparse.Namespace:
-    """The settings with what the device has room for: in this order activations are kept or recomputed, fewer rows are
-    computed at once, and weights stay in host memory. None of it changes what is trained. Raises InputError if nothing
-    fits, or host memory cannot hold what must be there, or if there are more processes than rows in a step."""
+    """Settings with what the device has room for, in this order: activations kept or recomputed, fewer rows at once,
+    weights in host memory. None of it changes what is trained. Raises InputError if nothing fits."""
     if processes() > args.batch_size and not args.eval_only:
         raise InputError(f"--batch-size {args.batch_size}: fewer rows than the {processes()} processes; start fewer")
     require_device(args.device)
@@ -388,11 +383,9 @@ def row_losses(model: Transformer, examples: list[list[np.ndarray]], args: argpa
     """The summed loss of each row of each example, in nats, and the number of its targets, [2]. What the rows of an
     example have in common at the beginning is computed once."""
     sizes = [sum(map(len, rows)) - (len(rows) - 1) * common_beginning(rows) for rows in examples]
-    groups, most = [[]], args.micro_batch_size * args.seq_len  # tokens at once: no more than training has
-    for n in np.argsort(sizes, kind="stable"):  # by length, so that attention pads little
-        if groups[-1] and (len(groups[-1]) + 1) * sizes[n] > most:
-            groups.append([])
-        groups[-1].append(n)
+    most = args.micro_batch_size * args.seq_len  # tokens at once: no more than training has
+    by_length = np.argsort(sizes, kind="stable")  # so that attention pads little
+    groups = grouped(by_length, lambda group: len(group) * sizes[group[-1]] <= most)
     groups += groups[:1] * (-len(groups) % processes())  # as many for each: all take part in all forward passes
     results = {}
     for group in tqdm(groups[rank() :: processes()], "evaluating", leave=False, disable=None):
@@ -490,19 +483,18 @@ def read_config(args: argparse.Namespace) -> ModelConfig:
 
 
 def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
-    """Give each flag that was left out its value. At 7B they are the published ones, but for the layers, their rank and
-    scale, the residual, and how norms, embedding and head learn. Raises InputError for flags that do not go together or
-    that the model cannot follow."""
+    """Give each flag that was left out its value: at 7B the published one, but for layers, rank, scale, residual, and
+    how norms, embedding and head learn. Raises InputError for flags that contradict each other or the model."""
     method, lora = METHODS[args.method], args.method == "lora"
 
     def require(condition: object, message: str) -> None:
         if not condition:
             raise InputError(message)
 
-    unused = ["sampling", "active", "interval"] * (not method.sampling) + ["lora_alpha"] * (not lora)
-    for name in unused if not args.resume else ():
-        flag = f"--{name.replace('_', '-')}"
-        require(getattr(args, name) is None, f"{flag}: --method {args.method} has no use for it; leave it out")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    typed = {} if args.resume else given  # a resumed run is given its own settings again
+    for name in ["sampling", "active", "interval"] * (not method.sampling) + ["lora_alpha"] * (not lora):
+        require(name not in typed, f"--{name.replace('_', '-')}: --method {args.method} does not use it; leave it out")
     example = Path(args.ckpt) == TINY and args.data is None
     if example:
         args.data, args.val_data = str(TINY / "train.json"), args.val_data or str(TINY / "val.json")
@@ -513,13 +505,9 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
 
     few, rank = math.ceil(config.n_layers * 5 / 32), config.dim // 16  # the paper's active layers, and their rank
     shown = 20 if example and args.method == "owlore" else method.active  # the example shows how layers are drawn
-    share = 5 if args.rank == 0 else shown
-    active = math.ceil(config.n_layers * share / 32)
-    for name in ("sampling", "interval") if active == config.n_layers and not (args.active or args.resume) else ():
-        require(
-            getattr(args, name) is None,
-            f"--{name}: all layers are trained, and none drawn; give --active, or leave it out",
-        )
+    active = few if args.rank == 0 else math.ceil(config.n_layers * shown / 32)
+    for name in ("sampling", "interval") if active == config.n_layers and not args.active else ():
+        require(name not in typed, f"--{name}: all layers are trained, and none drawn; give --active, or leave it out")
     more = args.method == "owlore" and args.rank != 0 and (args.active or active) > few
     if more:  # at a lower rank, in the memory of the paper's
         rank = rank * few // (args.active or active)
@@ -540,13 +528,11 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
         "seq_len": min(512, config.max_seq_len),
         "dtype": "bf16" if args.device.startswith("cuda") else "fp32",
     }
-    given = {name: value for name, value in vars(args).items() if value is not None}
     args = argparse.Namespace(**vars(args) | defaults | given)
 
     plain = args.method == "owlore" and args.embeddings != "projected"
-    useless = {"embeddings": args.embeddings == "frozen", "norms": lora}  # what is frozen
-    for name in (name for name, frozen in useless.items() if frozen and not args.resume):
-        require(f"{name}_lr_ratio" not in given, f"--{name}-lr-ratio: {name} are frozen; leave it out")
+    for name, frozen in (("embeddings", args.embeddings == "frozen"), ("norms", lora)):
+        require(not frozen or f"{name}_lr_ratio" not in typed, f"--{name}-lr-ratio: {name} are frozen; leave it out")
     require(method.projection and args.rank or not args.residual, "--residual: no layer is projected; leave it out")
     require(args.rank or plain, "--rank 0 is owlore without projection; give another, or leave it out")
     limits = {"seq_len": (config.max_seq_len, "context is"), "active": (config.n_layers, "layers are")}
@@ -565,9 +551,8 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
 
 
 def claim(args: argparse.Namespace) -> IO[str]:
-    """A file in the folder of a run, --out or the first that is free of runs/NAME, runs/NAME-2, ..., that holds it for
-    this process while it is open. Raises InputError if --out cannot be made, holds something else, or another run is
-    writing there."""
+    """Claim a run's folder, --out or the first free of runs/NAME, runs/NAME-2, ..., for as long as the file that is
+    returned is open. Raises InputError if --out holds something else, or another run is writing there."""
     for n in itertools.count(1):
         out = Path(args.out or f"runs/{Path(args.ckpt).name}" + f"-{n}" * (n > 1))
         begun = args.resume and (out / "args.json").exists()
@@ -630,10 +615,8 @@ def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, sta
         copy_tokenizer(source, new / "model")
         with atomic_write(new / "state" / "state.pt") as file:
             torch.save(state, file)
-        sums = json.dumps(checksums(new), indent=1).encode()
-        with atomic_write(new / CHECKSUMS) as file:
-            file.write(sums)
-        sync(new / "model", new / "state", new)
+        (new / CHECKSUMS).write_text(json.dumps(checksums(new), indent=1))
+        sync(new / CHECKSUMS, new / "model", new / "state", new)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it was linked
         os.rename(new, folder)
         link(out, folder)
@@ -659,10 +642,10 @@ def link(out: Path, folder: Path) -> None:
     sync(folder.parent, out)
 
 
-def sync(*folders: Path) -> None:
-    """Have the names in folders on disk, as files' contents are."""
-    for folder in folders:
-        descriptor = os.open(folder, os.O_RDONLY)
+def sync(*paths: Path) -> None:
+    """Have files' contents, and the names in folders, on disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
@@ -958,8 +941,7 @@ def note_signals() -> Iterator[list[int]]:
 
 def show_layers() -> None:
     """`python owlore.py`: chart each layer's outliers, Hill alpha and sampling probability."""
-    about = "Show each layer's outlier share, Hill alpha and sampling probability."
-    parser = argparse.ArgumentParser(description=about, usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=show_layers.__doc__)
     parser.set_defaults(seed=0, dtype=None)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
