@@ -297,7 +297,7 @@ class ProjectedAdam(torch.optim.Optimizer):
                 turn = state["basis"].T @ P  # [rank, rank]
                 state["exp_avg"] = state["exp_avg"] @ turn if is_tall(p) else turn.T @ state["exp_avg"]
             state["basis"] = P
-        del all_rows
+        del all_rows  # here R and the residual take its room
         R = project(G, state["basis"], p)
         if group["residual"]:
             self._add_residual(group, p, G, R)

@@ -489,6 +489,12 @@ the rate that is best for outlier. Floored: no probability is below {FLOOR:g} / 
 {tables[1]}"""
 
 
+def largest(args: argparse.Namespace, ways: list[dict], limit: int) -> dict | None:
+    """The last of some flags, each of which takes more memory than those before, whose training step fits a limit."""
+    fitting = bisect.bisect_right(ways, limit, key=lambda way: memory(args, way)["predicted"])
+    return ways[fitting - 1] if fitting else None
+
+
 def budget(args: argparse.Namespace) -> str:
     """Few layers at a high rank or many at a low one: as many as fit the memory of LoRA, of LISA, and as published,
     where also all layers at the highest rank that fits are tried; and what train.py does."""
@@ -503,14 +509,15 @@ def budget(args: argparse.Namespace) -> str:
         grids = [[(n, rank) for n in range(1, L + 1)] for rank in ranks]
         grids += [[(L, rank) for rank in range(1, most + 1)]] if rival is base else []
         for ways in grids:
-            ways = [base | {"active": active, "rank": rank} for active, rank in ways]
-            fitting = bisect.bisect_right(ways, limit, key=lambda way: memory(args, way)["predicted"])
-            if fitting and ways[fitting - 1] not in flags.values():
-                flags[f"owlore, rank {ways[fitting - 1]['rank']}, {owner} memory"] = ways[fitting - 1]
+            way = largest(args, [base | {"active": active, "rank": rank} for active, rank in ways], limit)
+            if way and way not in flags.values():
+                flags[f"owlore, rank {way['rank']}, {owner} memory"] = way
     flags["owlore, residual, scale 1, 20 of 32 layers"] = many_layers(args) | RESIDUAL | SLOW_EMBEDDINGS
     flags["owlore, residual, scale 1, all layers"] = many_layers(args, L) | RESIDUAL
     flags["owlore, residual, all layers"] = many_layers(args, L) | HALF
-    flags["owlore, residual, all layers, lisa's memory"] = many_layers(args, L) | HALF | {"rank": args.config.dim // 24}
+    ways = [many_layers(args, L) | HALF | {"rank": rank} for rank in range(1, most + 1)]
+    if way := largest(args, ways, memory(args, rivals["lisa"])["predicted"]):
+        flags["owlore, residual, all layers, lisa's memory"] = way
     flags["owlore, residual, train.py's default"] = by_default(args)
     flags["full"] = {"method": "full", "embeddings": "frozen"}
     rows = [search(args, name, row) for name, row in flags.items()]
