@@ -3039,6 +3039,18 @@ def test_what_cannot_fit_says_what_needs_less(monkeypatch):
         train.fit(train.decide_settings(args, ModelConfig()))
 
 
+def test_a_containers_own_memory_limit_counts(tmp_path):
+    """As Linux writes it (cgroup v2): of what is used, copies of files give way."""
+    free = train.available_memory(tmp_path)
+    assert free > 2**20
+    files = {"max": "3000", "current": "2500", "stat": "anon 1300\nactive_file 400\ninactive_file 800"}
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(text + "\n")
+    assert train.available_memory(tmp_path) == 3000 - 1300
+    (tmp_path / "memory.max").write_text("max\n")  # no limit
+    assert train.available_memory(tmp_path) == pytest.approx(free, rel=0.2)
+
+
 @pytest.mark.parametrize(
     "shape, room, flags, needed, expected",
     [

@@ -868,10 +868,16 @@ def progress(row: dict, n_layers: int) -> str:
     return f"loss {row['loss']:.3f} lr {row['lr']:.1e} {row['tokens_per_second']:,.0f} tok/s {layers}{skipped}"
 
 
-def available_memory() -> int:
-    """Bytes of host memory that Linux can give to processes; of a container's own limit it knows nothing."""
+def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of host memory that Linux can give to this process. group: where it shows a container's own limit."""
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    with contextlib.suppress(OSError, ValueError):  # there is no limit, or an old Linux shows it elsewhere
+        used = int((group / "memory.current").read_text())
+        pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= int(pages["active_file"]) + int(pages["inactive_file"])  # copies of files on disk: they give way
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return free
 
 
 def in_words(size: float) -> str:
