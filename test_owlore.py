@@ -1830,6 +1830,28 @@ def test_grad_scaler_unscales_and_skips():
         scaler.step(optimizer)
 
 
+@pytest.mark.parametrize("in_backward, residual", [(False, False), (True, False), (True, True)])
+def test_a_compiled_model_trains_alike(in_backward, residual):
+    """Compiled as a whole, with layers that are frozen in turn; dynamo runs torch's own kernels here, so bit for bit."""
+
+    def train_compiled(how: Callable) -> list[torch.Tensor]:
+        net, optimizer = small_net(in_backward, residual=residual)
+        sampler = LayerSampler([net[0], net[2]], torch.ones(2), 1)
+        run = how(net)
+        for _ in range(6):
+            sampler.resample()
+            optimizer.zero_grad()
+            loss_of(run).backward()
+            optimizer.step()
+        return weights_of(net)
+
+    plain, compiled = (
+        train_compiled(lambda net: net),
+        train_compiled(lambda net: torch.compile(net, backend="aot_eager")),
+    )
+    assert all(map(torch.equal, plain, compiled))
+
+
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_model_zero_grad_forgets_a_skipped_step(in_backward):
     expected = train_net(*small_net(in_backward))
