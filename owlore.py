@@ -43,8 +43,8 @@ def outlier_distribution(
 
     model: run once on each of the calibration batches, in eval mode, as `model(batch)`, or `model(**batch)` for a dict.
     layers: its blocks, whose nn.Linear are scored. threshold: how many times the mean an outlier is; by default what
-    suits their width (`default_threshold`). Returns fp32 [L] on the CPU, fractions in [0, 1]. Warns if there are no
-    outliers at all. Raises ValueError for a layer without a linear that runs, or without scores that are finite."""
+    suits the first one's width (`default_threshold`). Returns fp32 [L] on the CPU, fractions in [0, 1]. Warns if there
+    are no outliers at all. Raises ValueError for a layer without a linear that runs, or without finite scores."""
     linears = [find_linears(layer) for layer in layers]
     if not linears or not all(linears) or not all(m.weight.is_floating_point() for m in sum(linears, [])):
         raise ValueError("outlier_distribution needs layers with an nn.Linear each, its weights float, not quantized")
@@ -58,7 +58,7 @@ def outlier_distribution(
         squares[linear] = squares.get(linear, 0) + torch.linalg.vector_norm(X, dim=0, dtype=wide).float().square()
 
     training = [module for module in model.modules() if module.training]
-    hooks = [linear.register_forward_pre_hook(add_squares, with_kwargs=True) for linear in sum(linears, [])]
+    hooks = [linear.register_forward_pre_hook(add_squares, with_kwargs=True) for linear in set(sum(linears, []))]
     try:
         model.eval()
         for batch in batches:
@@ -92,15 +92,15 @@ def outlier_distribution(
 
 
 def find_linears(module: nn.Module) -> list[nn.Linear]:
-    """All nn.Linear of a module. An adapter of peft stands beside the linear that it wraps, and is left out."""
+    """All nn.Linear of a module, each once. What peft puts beside a linear that it wraps is left out."""
     module = getattr(module, "base_layer", module)
     if isinstance(module, nn.Linear):
         return [module]
-    return [linear for child in module.children() for linear in find_linears(child)]
+    return list(dict.fromkeys(linear for child in module.children() for linear in find_linears(child)))
 
 
 def default_threshold(dim: int) -> float:
-    """13 from a width of 4096 on, as in the paper, and less below, where scores spread less (the paper: 3 to 7)."""
+    """The paper's 13 for a width of 4096 or more, and less below, where scores spread less (the paper: 3 to 7)."""
     return min(13.0, max(3.0, 13 * math.sqrt(dim / 4096)))
 
 
@@ -111,14 +111,15 @@ def hill_alpha(weight: Tensor) -> float:
         alpha = 1 + k / sum_{i=1..k} ln(e_{n-i+1} / e_{n-k}),   k = n / 2
 
     weight: W [m, n]. e_1 <= ... <= e_n: the eigenvalues of W^T W, or of W W^T if m < n (the same, without its extra
-    zeros). 1 if e_{n-k} is zero to the precision of fp32: no tail is heavier. Raises ValueError below 2 x 2."""
+    zeros). 1 if e_{n-k} is zero to the precision of fp32: no tail is heavier; inf if there is no tail, as of the
+    identity. Raises ValueError below 2 x 2."""
     if weight.dim() != 2 or min(weight.shape) < 2:
         raise ValueError(f"hill_alpha needs a matrix of at least 2 x 2, not {list(weight.shape)}")
     s = torch.linalg.svdvals(weight.float()).double()  # sqrt(e), the largest first
     k = len(s) // 2
     if s[k] <= s[0] * max(weight.shape) * torch.finfo(torch.float32).eps:
         return 1.0
-    return 1 + k / (s[:k] / s[k]).square().log().sum().item()
+    return 1 + (k / (s[:k] / s[k]).square().log().sum()).item()
 
 
 # 2. Sample
@@ -133,7 +134,7 @@ def sampling_probabilities(outliers: Tensor, mode: str = "outlier") -> Tensor:
         reverse     max(p) - p_l, normalised
         increasing  in proportion to 1, 2, ..., L; decreasing: to L, ..., 2, 1
     Raises ValueError for another mode, or outliers that are negative or not finite."""
-    D = torch.as_tensor(outliers) * 1.0  # of integers, too
+    D = torch.as_tensor(outliers) * 1.0  # makes integers float
     if D.dim() != 1 or not len(D) or not (torch.isfinite(D) & (D >= 0)).all():
         raise ValueError("outliers must be finite and not negative, one per layer")
     uniform = torch.ones_like(D)
@@ -150,9 +151,9 @@ class LayerSampler:
 
     layers: the model's blocks. probabilities: [L]. Parameters that are frozen when the sampler is made stay so: only
     the others take turns. A layer of probability 0 is drawn only if fewer than `active` have a positive one; the places
-    left are then filled uniformly. Wrap a model in DistributedDataParallel before the first draw: it leaves out what is
-    frozen. Raises ValueError if `active` is not between 1 and L, if there are not L probabilities, or if a layer is
-    frozen altogether."""
+    left are then filled uniformly. Wrap a model in DistributedDataParallel before the first draw: what is frozen then
+    it leaves out. Raises ValueError if `active` is not between 1 and L, if there are not L probabilities, or if a layer
+    is frozen altogether."""
 
     def __init__(self, layers: Sequence[nn.Module], probabilities: Tensor, active: int, seed: int = 0):
         self.layers, self.active = layers, active
@@ -189,13 +190,14 @@ class LayerSampler:
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken, with the layers that were active then."""
         self.generator.set_state(state["generator"].cpu())
-        if state["drawn"]:  # nothing was frozen before the first draw
-            self.activate(list(state["drawn"]))
+        self.activate(list(state["drawn"]) or list(range(len(self.layers))))  # before the first draw all were active
+        self.drawn = list(state["drawn"])
 
 
 # 3. Project
 
-# How much the norm of a residual may grow in a step. After one of next to nothing it grows from this share of |N|.
+# The norm of a residual is at most MAX_GROWTH times that of the step before, which counts as LEAST |N| or more, so that
+# it can grow from nothing.
 MAX_GROWTH, LEAST = 1.01, 0.1
 
 
@@ -210,16 +212,17 @@ class ProjectedAdam(torch.optim.Optimizer):
         W = (1 - lr weight_decay) W - lr scale N P^T        (`scale` defaults to 1)
 
     If m < n it is P = U_r [m, rank], R = P^T G [rank, n] and P N. A group without a rank is trained by AdamW. lr,
-    betas, eps, weight_decay: as torch.optim.AdamW's. bf16 weights are rounded stochastically.
+    betas, eps, weight_decay: as torch.optim.AdamW's, but no decay by default. bf16 weights are rounded stochastically.
+    A weight that is frozen loses its state, P too, and begins anew.
 
     A group with `residual` also follows what of G lies outside of P, without moments (Fira, arXiv 2410.01623): each row
     of it (column if m < n) is scaled as Adam scales that of R,
 
         S = G - R P^T,  W_i = W_i - lr (|N_i| / |R_i|) S_i        (without `scale`)
 
-    to no more than sqrt(n), Adam's length for all of G_i (sqrt(m) if m < n), and all of it grows by 1 % a step at most.
-    |N_i| is that of the step before (sqrt(rank) in the first), so S need not wait for `step`, for which a backward pass
-    that projects does not keep it: there W moves as soon as G is known, whether or not `step` is called after it.
+    to no more than sqrt(n), the longest step of Adam for all of G_i (sqrt(m) if m < n), and from the second step on the
+    norm of it all grows by 1 % at most. |N_i| is that of the step before (sqrt(rank) in the first), so it need not wait
+    for N. A backward pass that projects does not: there W has moved even if `step` is never called.
 
     It is used like any optimizer: p.grad holds G until `step`. in_backward: project in the backward pass instead, which
     saves the gradients' memory (part 4). svd: "randomized" or "exact". Raises ValueError for settings out of range, and
@@ -235,8 +238,6 @@ class ProjectedAdam(torch.optim.Optimizer):
         svd: str = "randomized",
         in_backward: bool = False,
     ):
-        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
-            raise ValueError(f"lr {lr}, betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range")
         self.in_backward, self.micro_batches = in_backward, 1  # micro_batches: the backward passes of a step
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, svd=svd)
         super().__init__(params, defaults | dict(rank=None, update_gap=100, scale=1.0, residual=False, steps=0))
@@ -245,7 +246,6 @@ class ProjectedAdam(torch.optim.Optimizer):
     def step(self, closure: Callable | None = None) -> Tensor | None:
         """Update every parameter that has a gradient. closure: recomputes the loss, which is returned."""
         loss = torch.enable_grad()(closure)() if closure is not None else None
-        self._drop_frozen()
         with without_autocast():
             for index, group, p, g in self._gradients():
                 # Seeds count the steps of the whole run: a layer drawn again must not meet its old noise.
@@ -265,7 +265,7 @@ class ProjectedAdam(torch.optim.Optimizer):
                 write_back(p_rows, adam(*rows, t, group), group, noise)
             return
         # R = G P, of a new P if it is due
-        R = self._project(group, p, own(g).to(compute_device(p))) if g is p.grad else g
+        R = self._project(group, p, own(g).to(compute_device(p))) if g is p.grad else g  # else from the backward pass
         if R.dim() == 0:  # no basis could be had: this matrix waits for the next step
             return
         N, P = adam(R, *moments(state, R), group), state["basis"]
@@ -291,13 +291,13 @@ class ProjectedAdam(torch.optim.Optimizer):
                 return torch.tensor(math.nan, device=G.device)
             if is_sharded(p):  # eigenvectors of two machines need not agree
                 torch.distributed.broadcast(P, group=p.device_mesh.get_group(), group_src=0)
-            if state.get("basis", P[:0]).shape != P.shape:  # the first one, or of another rank: begin anew
+            if "basis" not in state or state["basis"].shape != P.shape:  # the first one, or of another rank: begin anew
                 state.clear()
             elif "exp_avg" in state:  # puts the first moment into the coordinates of the new basis
                 turn = state["basis"].T @ P  # [rank, rank]
                 state["exp_avg"] = state["exp_avg"] @ turn if is_tall(p) else turn.T @ state["exp_avg"]
             state["basis"] = P
-        del all_rows  # here R and the residual take its room
+        del all_rows  # R and the residual take its room, if nobody else holds it
         R = project(G, state["basis"], p)
         if group["residual"]:
             self._add_residual(group, p, G, R)
@@ -338,6 +338,7 @@ class ProjectedAdam(torch.optim.Optimizer):
     def _gradients(self) -> list[tuple[int, dict, Tensor, Tensor]]:
         """Number, group, parameter and gradient of all that have one: R if the backward pass has projected it."""
         gradients, partial = [], []
+        self._drop_frozen()
         parameters = ((group, p) for group in self.param_groups for p in group["params"])
         for index, (group, p) in enumerate(parameters):
             g = p.grad
@@ -367,6 +368,9 @@ class ProjectedAdam(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups.pop()  # it comes back when all is well
         rank, update_gap, svd = group["rank"], group["update_gap"], group["svd"]
+        numbers = {name: group[name] for name in ("lr", "eps", "weight_decay", "scale")}
+        if not (all(0 <= x < math.inf for x in numbers.values()) and all(0 <= beta < 1 for beta in group["betas"])):
+            raise ValueError(f"one of {numbers}, or of betas {group['betas']}, is out of range")
         if rank is not None and not all(isinstance(n, int) and n >= 1 for n in (rank, update_gap)):
             raise ValueError(f"rank {rank} and update_gap {update_gap} must be integers, at least 1")
         if rank is None and group["residual"]:
@@ -389,7 +393,7 @@ class ProjectedAdam(torch.optim.Optimizer):
             p.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, and the state of parameters that are frozen now: they cost nothing."""
+        """Forget the gradients, and the state of parameters that are frozen now: these cost no memory."""
         super().zero_grad(set_to_none or self.in_backward)
         self._drop_frozen()
 
@@ -484,7 +488,7 @@ def adam(g: Tensor, m: Tensor, v: Tensor, t: int, group: dict) -> Tensor:
 
 def write_back(p: Tensor, update: Tensor, group: dict, noise: Tensor | None) -> None:
     """p = (1 - lr weight_decay) p - lr update, computed in fp32; update has the shape of p."""
-    new = p.to(update.device, torch.promote_types(p.dtype, torch.float32))  # p itself, if that is what it is already
+    new = p.to(update.device, torch.promote_types(p.dtype, torch.float32))  # p itself, if it is fp32 there already
     if group["weight_decay"]:
         new.mul_(1 - group["lr"] * group["weight_decay"])
     new.sub_(update, alpha=group["lr"])
@@ -493,8 +497,8 @@ def write_back(p: Tensor, update: Tensor, group: dict, noise: Tensor | None) -> 
 
 
 def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
-    """Round fp32 to bf16, up or down at random so that the mean is x. An update below bf16's resolution, 1 part in 256,
-    then moves a weight by the right amount on average, while rounding to nearest would lose it every time.
+    """Round fp32 to bf16, up or down at random so that the mean is x. An update of less than half the step between two
+    bf16 numbers, 1/512 to 1/256 of a weight, then moves it by the right amount on average; nearest would lose it.
 
     bf16 is the upper half of fp32: noise, int32 and uniform in 0 ... 2^16 - 1, added to the lower half carries into the
     upper one with just the probability wanted. What is not finite stays what it is."""
@@ -512,7 +516,7 @@ def chunk(device: torch.device) -> int:
 
 
 def fp32_rows(G: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Walk the rows of G in fp32, and tensors of as many rows: a few at a time if there is no room for an fp32 copy."""
+    """Walk the rows of G in fp32, and tensors of as many rows: a few at a time, if that takes a copy."""
     height = len(G) if G.dtype == torch.float32 else max(1, chunk(G.device) // G.shape[1])
     for rows, *parts in zip(*(x.split(height) for x in (G, *others))):
         yield rows.float(), *parts
@@ -546,7 +550,7 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     torch.linalg.LinAlgError if G is not finite or a decomposition fails."""
     G = gradient if is_tall(gradient) else gradient.T  # [larger, n]: P spans its rows
     n, width = G.shape[1], max(8, rank // 4)
-    k = 9 * width  # nine blocks, each a quarter of the rank wide: together 2.25 times as wide as P
+    k = 9 * width  # nine blocks, each a quarter of the rank wide (or 8): together 2.25 times as wide as P, or more
     low, high = torch.aminmax(gradient)
     size = torch.maximum(-low, high).item() or 1.0  # the largest magnitude in G; inf or nan if not all of it is finite
     # A small one is quick to do exactly, and then the last directions do not hang on the rounding errors of G.
@@ -555,7 +559,7 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
             raise torch.linalg.LinAlgError("the gradient is not finite")
         return torch.linalg.svd(G.float(), full_matrices=False).Vh[:rank].T.contiguous()
 
-    def halves(X: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def half_products(X: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Some rows of G and (G X)^T of them, over size: A = G^T G / size^2 then neither overflows nor vanishes."""
         for (rows,) in fp32_rows(G):
             yield rows, X.T @ rows.T / size  # CPUs are faster at a few rows times a matrix than at its transpose
@@ -568,7 +572,7 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     for i in range(0, k, width):
         block, upto = slice(i, i + width), slice(0, i + width)
         if i > 0:
-            AK[:, i - width : i] = X = sum(GX @ rows for rows, GX in halves(X)).T / size
+            AK[:, i - width : i] = X = sum(GX @ rows for rows, GX in half_products(X)).T / size
             X = torch.ormqr(H[:, :i], tau[:i], X, transpose=True)
         H[i:, block], tau[block] = torch.geqrf(X[i:])
         unit = F.pad(torch.eye(width, device=G.device), (0, 0, i, n - i - width))
@@ -576,7 +580,7 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     # Of K's directions the best `rank` are the leading eigenvectors of K^T A K, [k, k]. eigh reads the lower triangle,
     # so of the last block's A X no more than X^T A X is needed.
     KAK = K.T @ AK
-    KAK[-width:, -width:] = sum(GX @ GX.T for _, GX in halves(X))
+    KAK[-width:, -width:] = sum(GX @ GX.T for _, GX in half_products(X))
     if not KAK.isfinite().all():
         raise torch.linalg.LinAlgError("the gradient is not finite")
     leading = torch.linalg.eigh(KAK).eigenvectors.flip(1)[:, :rank]
@@ -614,7 +618,7 @@ class ProjectedGradient(Tensor):
         if group is None or self.passes > optimizer.micro_batches:
             raise RuntimeError(
                 f"{self.passes} backward passes without step and zero_grad: set optimizer.micro_batches to their "
-                "number, let no other optimizer train these parameters, do not take_factors of a module that runs twice"
+                "number, let no other optimizer train these parameters, do not take_factors of a weight used twice"
             )
         if R is None and (group["residual"] or optimizer._basis_is_due(group, p)):
             if self.R is not None:
@@ -652,7 +656,7 @@ class ProjectedGradient(Tensor):
             "the model, or set in_backward=False (as transformers' Trainer, which always clips, needs)"
         )
 
-    __torch_function__ = __torch_dispatch__  # the same from Python
+    __torch_function__ = __torch_dispatch__  # also of what never reaches a kernel, as p.grad.shape
 
     def __repr__(self, **_) -> str:
         return f"ProjectedGradient(R={self.R})"
@@ -674,7 +678,7 @@ def project_in_backward(group: dict, optimizer: ProjectedAdam) -> None:
     def hook(p: Tensor) -> None:
         optimizer = reference()
         # A sharded gradient is the mean over all processes, of which each has some rows: it is projected by `step`.
-        if projected_group(p, optimizer) is None or is_sharded(p.grad):
+        if not p.numel() or projected_group(p, optimizer) is None or is_sharded(p.grad):
             return
         if not isinstance(p.grad, ProjectedGradient):
             G, p.grad = p.grad, ProjectedGradient(p, optimizer)
@@ -695,7 +699,7 @@ def project_in_backward(group: dict, optimizer: ProjectedAdam) -> None:
 class Linear(nn.Linear):
     """y = x W^T, [..., in_features] -> [..., out_features]. Once it hands over its factors (`take_factors`), its
     backward pass sees to the gradient of W first, lets go of x, and only then makes that of x, where autograd would
-    hold all three at once: 0.19 GiB in a 7B at 16 x 512."""
+    hold x and both gradients at once: 0.19 GiB in a 7B at 16 x 512."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -705,14 +709,13 @@ class Linear(nn.Linear):
         return self.__dict__ | {"taker": None}  # no optimizer has a copy's weight yet
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.weight.requires_grad or self.taker is None:
-            return F.linear(x, self.weight)
-        optimizer, p = (reference() for reference in self.taker)
-        group = projected_group(p, optimizer)
-        if group is not None and group["residual"]:  # for which W moves as soon as G is there: x's gradient comes first
-            return F.linear(x, self.weight)
-        # Autograd runs WeightGradient's backward pass first, then x is free, then that of F.linear for x alone.
-        return WeightGradient.apply(F.linear(x, self.weight.detach()), x, self.weight, self)
+        if self.weight.requires_grad and self.taker is not None:
+            optimizer, p = (reference() for reference in self.taker)
+            group = projected_group(p, optimizer)
+            if group is None or not group["residual"]:  # with one W moves once G is there: x's gradient comes first
+                # Autograd runs WeightGradient's backward pass first, then x is free, then that of F.linear for x alone.
+                return WeightGradient.apply(F.linear(x, self.weight.detach()), x, self.weight, self)
+        return F.linear(x, self.weight)
 
 
 class WeightGradient(torch.autograd.Function):
@@ -743,13 +746,14 @@ def take_factors(model: nn.Module, optimizer: ProjectedAdam) -> None:
     is 29 % less for GaLore at 7B. (A weight with a residual needs G in each step, and hands over none.)"""
     for module in model.modules():
         if isinstance(module, Linear):
-            # FSDP shows forward and backward pass another weight than this one, which the optimizer has.
+            # Under FSDP forward and backward pass see another tensor than this one, which the optimizer has.
             module.taker = weakref.ref(optimizer), weakref.ref(module.weight)
 
 
 def project_factors(module: Linear, p: Tensor, dY: Tensor, X: Tensor) -> bool:
     """Add R of G = dY^T X to p.grad, at rank / m + rank / n of the cost of making G: R = dY^T (X P) if m >= n, else
-    (P^T dY^T) X. False, and nothing done, if no optimizer projects p, or a new basis needs G (a sharded p adds it)."""
+    (P^T dY^T) X. False, and nothing done, if no optimizer projects p, or a new basis needs G (which is added here to
+    that of a sharded p)."""
     optimizer, taken = (reference() for reference in module.taker)
     p = taken if is_sharded(taken) else p
     group = projected_group(p, optimizer)
@@ -802,7 +806,7 @@ def own_rows(x: Tensor, p: Tensor) -> Tensor:
 
 
 def whole(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """All rows of x, of which each process has those that it holds of `like` (or of x), on the device that computes."""
+    """All rows of x, of which each process has those that it has of `like` (or of x), on the device that computes."""
     like = x if like is None else like
     if not is_sharded(like) or like.device_mesh.size() == 1:
         return own(x).to(compute_device(like))

@@ -1211,6 +1211,15 @@ def test_outlier_distribution_equals_brute_force(kind, threshold):
     assert model.training and not any(m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_linear_that_occurs_twice_is_scored_once():
+    """Under two names in one layer, and in another layer, too."""
+    torch.manual_seed(0)
+    shared, a, b, x = *(nn.Linear(16, 16) for _ in range(3)), torch.randn(9, 16)
+    layers = [nn.Sequential(shared, a, shared), nn.Sequential(shared, b)]
+    expected = brute_force_outliers([[shared, a], [shared, b]], lambda: nn.Sequential(*layers)(x), 1.5)
+    assert torch.equal(outlier_distribution(nn.Sequential(*layers), layers, [x], 1.5), expected)
+
+
 def test_scores_of_bf16_weights_are_computed_in_fp32():
     torch.manual_seed(0)
     linear, x = nn.Linear(64, 64).bfloat16(), torch.randn(3000, 64).bfloat16()
@@ -1281,6 +1290,7 @@ def test_hill_alpha_is_1_if_the_lower_half_of_the_spectrum_is_zero(rank, alpha):
     assert hill_alpha(W) == alpha if alpha else 1 < hill_alpha(W) < 2
     with pytest.raises(ValueError, match="2 x 2"):
         hill_alpha(torch.ones(1, 5))
+    assert hill_alpha(torch.eye(4)) == math.inf  # a flat spectrum: ln 1 in all terms
 
 
 # owlore.py: sampling
@@ -1382,7 +1392,7 @@ def test_sampler_state_continues_the_same_draws():
     trained = [[p.requires_grad for m in s.layers for p in m.parameters()] for s in (a, b)]
     assert b.drawn == a.drawn and trained[0] == trained[1]
     b.load_state_dict(LayerSampler(blocks(9), torch.ones(9), 3).state_dict())  # taken before anything was frozen
-    assert any(p.requires_grad for m in b.layers for p in m.parameters())
+    assert all(p.requires_grad for m in b.layers for p in m.parameters()) and not b.drawn
     b.load_state_dict(a.state_dict())
     assert [a.resample() for _ in range(20)] == [b.resample() for _ in range(20)]
 
@@ -1703,6 +1713,8 @@ def test_optimizer_refuses_what_it_cannot_do():
         ({"params": [W], "rank": 2.0}, {}),
         ({"params": [W]}, {"svd": "fast"}),
         ({"params": [W]}, {"betas": (1.0, 0.9)}),
+        ({"params": [W], "lr": -0.1}, {}),
+        ({"params": [W], "rank": 2, "scale": math.nan}, {}),
         ({"params": [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))]}, {}),
     ):
         with pytest.raises(ValueError):
@@ -1800,6 +1812,21 @@ def test_clipping_by_torch_scales_every_gradient():
     loss_of(net).backward()
     with pytest.raises(RuntimeError, match="optimizer.clip_grad_norm_"):
         torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_what_is_frozen_or_empty_takes_no_part(in_backward):
+    """A gradient that was there before its parameter was frozen is not clipped with the others, as `step` ignores it."""
+    net, optimizer = small_net(in_backward)
+    loss_of(net).backward()
+    net[0].requires_grad_(False)
+    kept = [net[2].weight.grad.R if in_backward else net[2].weight.grad, net[2].bias.grad]
+    expected = torch.cat([g.flatten() for g in kept]).norm().item()
+    assert optimizer.clip_grad_norm_(1.0).item() == pytest.approx(expected, rel=1e-6)
+    empty = nn.Parameter(torch.ones(0, 3))
+    optimizer = ProjectedAdam([{"params": [empty], "rank": 2}], lr=0.1, in_backward=in_backward)
+    empty.sum().backward()
+    optimizer.step()
 
 
 def test_clipping_in_the_backward_mode_scales_what_step_will_use():
