@@ -138,8 +138,8 @@ def split_records(records: list[Record], share: float, most: int, seed: int) -> 
     several records. Returns those to train on, then those held out. Raises InputError if there are too few to split."""
     if len(records) == 1 and records[0].plain:
         content = records[0].turns[0][1]
-        end = int(len(content) * (1 - share))
-        cut = content.rfind("\n", 0, end) + 1 or end
+        least, end = (int(len(content) * (1 - n * share)) for n in (2, 1))
+        cut = content.rfind("\n", max(0, least), end) + 1 or end
         parts = [[Record([("", text)], plain=True)] * bool(text.strip()) for text in (content[:cut], content[cut:])]
     else:
         held = min(max(1, round(len(records) * share)), most)
@@ -553,6 +553,8 @@ def command(parser: argparse.ArgumentParser, body: Callable[[], None]) -> None:
         parser.exit(128 + signal.SIGINT, "\nstopped\n")
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # as a CPU's says
+            raise
         parser.error("out of memory: a smaller --micro-batch-size, --seq-len, --active or --rank, or --embeddings projected "
                      "or frozen, needs less")  # fmt: skip

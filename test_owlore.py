@@ -916,6 +916,8 @@ def test_split_keeps_every_record_once():
         assert len(held) == count and sorted(kept + held, key=records.index) == records
     kept, held = data.split_records([Record([("", "one\ntwo\nthree")], plain=True)], 0.3, 500, seed=0)
     assert [r.turns[0][1] for r in kept + held] == ["one\ntwo\n", "three"] and kept[0].plain and held[0].plain
+    kept, _ = data.split_records([Record([("", "Title\n" + "word " * 999)], plain=True)], 0.05, 500, seed=0)
+    assert len(kept[0].turns[0][1]) == int(0.95 * (6 + 5 * 999))  # not at a line break that is far from there
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -3207,9 +3209,25 @@ def test_what_a_killed_save_left_does_not_count_as_a_checkpoint(checkpoint, tmp_
         train.save_checkpoint(out, settings_of("--keep", 1, "--ckpt", checkpoint), model, {"step": step})
         assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{step:07}"]
         assert train.load_state(out)["step"] == step
+    (out / "checkpoints/step-0000023-copy-1").mkdir()  # the user's
+    train.save_checkpoint(out, settings_of("--keep", 1, "--ckpt", checkpoint), model, {"step": 30})
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-0000030", "step-0000023-copy-1"}
+    assert train.load_state(out)["step"] == 30
     shutil.rmtree(out / "checkpoints")
     with pytest.raises(InputError, match="gone"):
         train.load_state(out)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [([], (1, 3)), (["--epochs", "1"], (1, None)), (["--epochs", "2"], (2, None)), (["--steps", "9"], (1, 9))],
+)
+def test_a_resumed_run_is_as_long_as_was_asked_last(flags, expected, checkpoint, tmp_path, monkeypatch):
+    begun = settings_of("--steps", 3, "--ckpt", str(checkpoint))
+    (tmp_path / "args.json").write_text(json.dumps(vars(begun) | {"resume": False}))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(tmp_path), *flags])
+    args = train.read_settings(train.flag_parser())
+    assert (args.epochs, args.steps) == expected
 
 
 def test_two_runs_do_not_share_a_folder(base, tmp_path):
@@ -3285,9 +3303,12 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_many(monkeyp
     assert (tmp_path / "many/model").resolve().parent.name == "step-0000020"
 
 
-def test_running_out_of_memory_says_what_would_help(monkeypatch, base, tmp_path):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_running_out_of_memory_says_what_would_help(error, monkeypatch, base, tmp_path):
     def too_much(*_):
-        raise torch.OutOfMemoryError
+        raise error
 
     monkeypatch.setattr(train, "training_step", too_much)
     code, _, output = cli(f"{base} --out {tmp_path / 'run'}")

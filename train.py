@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import resource
+import shlex
 import shutil
 import sys
 import time
@@ -51,6 +52,7 @@ from owlore import LayerSampler, ProjectedAdam, outlier_distribution, sampling_p
 CALIBRATION_ROWS = 32  # of calibration text: enough that D_l moves by a few percent at most with the rows drawn
 CHECKSUMS = "checksums.json"  # of a checkpoint's files
 HELD_OUT, HELD_OUT_RECORDS = 0.05, 500  # the share of --data, and at most so many records, that is kept for validation
+STEP = "step-" + 7 * "[0-9]"  # what the folders of checkpoints are called; others beside them are the user's
 BAD_STEPS = 10  # in a row, or half of a run, end it: those whose loss or gradients are not finite, or `far_above`
 HEALTH_ROWS = 32  # of validation data: enough to tell a model that still works from one that does not
 SAVE_SECONDS, SAVE_SHARE = 15 * 60, 0.05  # the least time between two checkpoints; the most of a run that they may take
@@ -110,11 +112,14 @@ def run(args: argparse.Namespace) -> None:
     if not state:
         before = after = evaluate(model, validation, args)  # after: the latest
         comment(before["val_loss"], model.config.vocab_size, args)
-    with run_folder(settings, lock, state) as (out, metrics), note_signals() as signals:
+    text = "{desc} {bar} {n_fmt}/{total_fmt} {remaining}"  # what stands last is cut off on a narrow screen
+    with (
+        run_folder(settings, lock, state) as (out, metrics),
+        note_signals() as signals,
+        tqdm(total=steps, initial=step, bar_format=text, dynamic_ncols=True) as bar,
+    ):
         if not state:
             log(metrics, step=0, **before)
-        text = "{desc} {bar} {n_fmt}/{total_fmt} {remaining}"  # what stands last is cut off on a narrow screen
-        bar = tqdm(total=steps, initial=step, bar_format=text, dynamic_ncols=True)
         stopping, save_at = False, time.perf_counter() + SAVE_SECONDS
         while step < steps and not stopping:
             began = time.perf_counter()
@@ -151,9 +156,8 @@ def run(args: argparse.Namespace) -> None:
                 began = time.perf_counter()
                 save_checkpoint(out, args, model, now)
                 save_at = time.perf_counter() + max(SAVE_SECONDS, (time.perf_counter() - began) / SAVE_SHARE)
-        bar.close()
     if step < steps:
-        print(f"stopped at step {step} of {steps}; to go on: python train.py --resume --out {out}")
+        print(f"stopped at step {step} of {steps}; to go on: {resume_command(out)}")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
     print(f"\nbefore: {describe(before)}\nafter:  {describe(after)}\nsaved:  {out / 'model'}")
 
@@ -462,15 +466,15 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
         if unknown or not saved.keys() > {"ckpt", "data", "lr"}:
             problem = f"has unknown settings, {', '.join(sorted(unknown))}" if unknown else "damaged"
             raise InputError(f"{file}: {problem}; the checkpoints beside it are still usable")
-        begun_with = argparse.Namespace(**saved | {"resume": True, "out": args.out})
+        begun_with = argparse.Namespace(**saved | {"resume": True, "out": args.out, "epochs": None, "steps": None})
         args = parser.parse_args(namespace=begun_with)  # which flags that are given override
         for name in saved.keys() - MAY_CHANGE - {"ckpt" if args.method != "lora" else ""}:  # lora goes on from --ckpt
             if (value := getattr(args, name)) != saved[name]:
                 flag = name.replace("_", "-")
                 flag = f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag} {value}"
                 raise InputError(f"{flag}: the run in {args.out} has {saved[name]}; leave the flag out")
-        if args.epochs != saved.get("epochs") and args.steps == saved.get("steps"):
-            args.steps = None  # which it was begun with
+        if not args.epochs:  # given --epochs take the place of the --steps it was begun with
+            args.epochs, args.steps = saved.get("epochs", 1), args.steps or saved.get("steps")
     elif args.resume and not (args.out and args.data):  # with both it is one that was killed before it had begun
         raise InputError(f"--resume: no run to continue in --out {args.out}; name its folder")
     return decide_settings(args, read_config(args))  # also of flags that are younger than the run
@@ -624,11 +628,11 @@ def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, sta
         shutil.rmtree(new, ignore_errors=True)
         problem = (f"--out {out}: step {state['step']} could not be saved ({error}): it takes "
                    f"{in_words(checkpoint_size(model, args))}, {in_words(shutil.disk_usage(out).free)} are free; "
-                   f"{kept(out)}; when there is space: python train.py --resume --out {out}")  # fmt: skip
+                   f"{kept(out)}; when there is space: {resume_command(out)}")  # fmt: skip
     gather(problem)
     if problem:
         raise InputError(problem)
-    folders = set((out / "checkpoints").glob("step-*[0-9]"))
+    folders = set((out / "checkpoints").glob(STEP))
     for old in folders - set(sorted(f for f in folders if f <= folder)[-args.keep :]):  # newer ones are not of this run
         shutil.rmtree(old, ignore_errors=True)
 
@@ -670,6 +674,10 @@ def damage(folder: Path) -> str | None:
     return next((name for name in written if there.get(name) != written[name]), None)
 
 
+def resume_command(out: Path) -> str:
+    return f"python train.py --resume --out {shlex.quote(str(out))}"
+
+
 def kept(out: Path) -> str:
     """What is saved of a run, in words."""
     latest = out / "latest"
@@ -680,7 +688,7 @@ def require_room(model: Transformer, args: argparse.Namespace, steps: int) -> No
     """Raise InputError if the disk has no room for the checkpoints that a run will have at a time."""
     size, out = checkpoint_size(model, args), Path(args.out or "runs").absolute()
     count = 1 if (args.save_every or 0) >= steps else args.keep + 1  # one is written before another is removed
-    count = max(1, count - len(list(out.glob("checkpoints/step-*[0-9]"))))
+    count = max(1, count - len(list(out.glob(f"checkpoints/{STEP}"))))
     free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
     if count * size > free:
         raise InputError(f"--out {args.out or 'runs'}: {count} checkpoint(s) take {in_words(count * size)} there, "
@@ -714,7 +722,7 @@ def require_health(
 def load_state(out: Path) -> dict:
     """What the newest checkpoint that is as it was written holds besides weights, {} before the first; `latest` points to
     it then. Says which ones are damaged. Raises InputError if all are."""
-    folders = sorted((out / "checkpoints").glob("step-*[0-9]"), reverse=True)
+    folders = sorted((out / "checkpoints").glob(STEP), reverse=True)
     begun = bool(folders) or (out / "latest").is_symlink()
     while not rank() and folders and (broken := damage(folders[0])):
         print(f"{folders.pop(0) / broken}: damaged, or only half written: going on from the checkpoint before it")
@@ -990,6 +998,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout = Output(sys.stdout.buffer, sys.stdout.encoding, sys.stdout.errors, line_buffering=True)
-    sys.stderr = Output(sys.stderr.buffer, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
+    for name in ("stdout", "stderr"):  # None if it is closed
+        stream = getattr(sys, name)
+        buffer, encoding = (stream.buffer, stream.encoding) if stream else (open(os.devnull, "wb"), "utf-8")
+        setattr(sys, name, Output(buffer, encoding, "backslashreplace", line_buffering=True))
     main()
