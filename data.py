@@ -55,7 +55,8 @@ def parse_record(record: object) -> Record:
     """Tell a record's format by its keys. Raises ValueError, which says what is wrong with it."""
     match record:
         case {"instruction": instruction, "output": output}:  # Alpaca and commonsense-170k
-            prompt, output = alpaca_prompt(as_text(instruction), as_text(record.get("input") or "")), as_text(output)
+            context = "" if record.get("input") is None else record["input"]
+            prompt, output = alpaca_prompt(as_text(instruction), as_text(context)), as_text(output)
             options = re.search(r"Answer format: *(\S+)\s*$", instruction)
             names = [name for name in options[1].split("/") if name] if options else []
             if (answer := record.get("answer")) in names and output.endswith(answer):
@@ -112,7 +113,7 @@ def load_records(path: str | Path) -> list[Record]:
     """Read a text file (`.txt`) or JSON: a list of records, {"type", "instances"}, or one record after another. Those
     without anything to learn are left out, with a warning. Raises InputError, with the line or record, or OSError."""
     path = Path(path)
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return [Record([("", read_text(path))], plain=True)]
     kind, found, records = "line", parse_json(path), []
     match found:
@@ -553,8 +554,8 @@ def command(parser: argparse.ArgumentParser, body: Callable[[], None]) -> None:
         parser.exit(128 + signal.SIGINT, "\nstopped\n")
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # as a CPU's says
+    except (MemoryError, RuntimeError) as error:  # a GPU's is a RuntimeError, and so is a CPU's, with these words
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)):
             raise
         parser.error("out of memory: a smaller --micro-batch-size, --seq-len, --active or --rank, or --embeddings projected "
                      "or frozen, needs less")  # fmt: skip

@@ -833,6 +833,7 @@ def test_alpaca_arc_and_chat_records():
         ({"text": 3}, "3"),
         ({"instruction": "a", "output": None, "text": "b"}, "null"),
         ({"instruction": "a", "input": 1, "output": "b"}, "1"),
+        ({"instruction": "a", "input": 0, "output": "b"}, "0"),
         ({"prompt": "a", "completion": "half a pair: \ud800"}, "surrogates"),
         (CHOICES | {"answer": 2}, "answer"),
         (CHOICES | {"answer": True}, "answer"),
@@ -874,6 +875,7 @@ def test_data_files_of_every_kind(tmp_path):
         ("typed.json", json.dumps({"type": "text2text", "instances": rows}), records),
         ("typed.jsonl", json.dumps({"type": "text_only", "instances": rows}, indent=1), records),
         ("plain.txt", "hello\nworld", [Record([("", "hello\nworld")], plain=True)]),
+        ("PLAIN.TXT", "hello\nworld", [Record([("", "hello\nworld")], plain=True)]),
     ]:
         (tmp_path / name).write_text(text, encoding="utf-8")
         assert load_records(tmp_path / name) == expected
@@ -2812,11 +2814,12 @@ def test_a_run_of_before_a_flag_was_added_has_its_default(method, base, tmp_path
 def test_two_runs_that_begin_at_once_get_two_folders(checkpoint, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     args = [train.argparse.Namespace(ckpt=str(checkpoint), out=None, resume=False) for _ in range(3)]
-    with train.run_folder(args[0], None, {}) as (first, _), train.run_folder(args[1], None, {}) as (second, _):
+    locks = [train.claim(each) for each in args[:2]]
+    with train.run_folder(args[0], locks[0], {}) as (first, _), train.run_folder(args[1], locks[1], {}) as (second, _):
         assert (str(first), str(second)) == ("runs/ckpt", "runs/ckpt-2") == (args[0].out, args[1].out)
     for name in ("args.json", "metrics.jsonl"):  # killed before it began
         (second / name).unlink()
-    with train.run_folder(args[2], None, {}) as (third, _):
+    with train.run_folder(args[2], train.claim(args[2]), {}) as (third, _):
         assert third == second
 
 
@@ -2832,7 +2835,8 @@ def test_a_loss_far_above_the_one_before_training_ends_the_run(base, monkeypatch
     forward = Transformer.forward
 
     def worse(self, tokens, targets=None, *args, **kwargs):
-        steps = (tmp_path / "run/metrics.jsonl").read_text().count("lr") if (tmp_path / "run").exists() else 0
+        metrics = tmp_path / "run/metrics.jsonl"
+        steps = metrics.read_text().count("lr") if metrics.exists() else 0
         return forward(self, tokens, targets, *args, **kwargs) + (self.training and steps >= 7) * 9.0
 
     monkeypatch.setattr(Transformer, "forward", worse)
@@ -3230,6 +3234,29 @@ def test_a_resumed_run_is_as_long_as_was_asked_last(flags, expected, checkpoint,
     assert (args.epochs, args.steps) == expected
 
 
+def test_a_run_that_was_copied_with_its_links_followed_is_refused_in_one_line(base, tmp_path):
+    train_run(f"{base} --steps 2 --save-every 1 --out {tmp_path / 'a'}")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")  # as scp -r and cp -L do
+    line = f"--resume --out {tmp_path / 'b'} --steps 3"
+    assert_refused(cli(line), "a folder where a run has a link")
+    for name in ("latest", "model", "state"):
+        shutil.rmtree(tmp_path / "b" / name)
+    code, _, error = cli(line)
+    assert code == 0, error
+
+
+def test_out_is_refused_before_what_takes_long(base, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nothing")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").touch()
+    monkeypatch.setattr(train, "score_layers", None)
+    monkeypatch.setattr(train, "evaluate", None)
+    for name, problem in (("file", "is a file"), ("link", "link to nothing"), ("full", "holds files already")):
+        assert_refused(cli(f"{base} --steps 1 --out {tmp_path / name}"), problem)
+    assert_refused(cli("--resume"), "give by --out the folder")
+
+
 def test_two_runs_do_not_share_a_folder(base, tmp_path):
     out = tmp_path / "run"
     train_run(f"{base} --steps 2 --out {out}")
@@ -3304,7 +3331,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_many(monkeyp
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error", [torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
 )
 def test_running_out_of_memory_says_what_would_help(error, monkeypatch, base, tmp_path):
     def too_much(*_):

@@ -56,7 +56,8 @@ STEP = "step-" + 7 * "[0-9]"  # what the folders of checkpoints are called; othe
 BAD_STEPS = 10  # in a row, or half of a run, end it: those whose loss or gradients are not finite, or `far_above`
 HEALTH_ROWS = 32  # of validation data: enough to tell a model that still works from one that does not
 SAVE_SECONDS, SAVE_SHARE = 15 * 60, 0.05  # the least time between two checkpoints; the most of a run that they may take
-# What a resumed run may have otherwise, as it is not part of what is trained; of the data its checksum tells
+# What may differ when a run is resumed: nothing here changes a step, but for the rate that follows from their number.
+# That --data holds the same tokens its checksum tells.
 MAY_CHANGE = "resume out steps epochs save_every keep eval_every micro_batch_size offload device data val_data".split()
 MIN_RANK = 8  # the least default of --rank
 EMBEDDINGS = "tok_embeddings.weight", "output.weight"  # what --embeddings is about: the embedding and the output head
@@ -92,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
         return print(f"{args.ckpt} on {args.val_data or args.data}: {describe(evaluate(model, validation, args))}")
     steps = planned_steps(data, args, state)
     require_room(model, args, steps)
+    lock = lock or (None if rank() else claim(args))  # before what takes long
     sampler = outliers = None
     if args.sampling and args.active < len(model.layers):
         outliers = gather(state["outliers"] if state else score_layers(model, data, args))[0]  # 1. score
@@ -476,7 +478,10 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
         if not args.epochs:  # given --epochs take the place of the --steps it was begun with
             args.epochs, args.steps = saved.get("epochs", 1), args.steps or saved.get("steps")
     elif args.resume and not (args.out and args.data):  # with both it is one that was killed before it had begun
-        raise InputError(f"--resume: no run to continue in --out {args.out}; name its folder")
+        where = (
+            f"no run has begun in --out {args.out}; start one with its flags, or name" if args.out else "give by --out"
+        )
+        raise InputError(f"--resume: {where} the folder of a run")
     return decide_settings(args, read_config(args))  # also of flags that are younger than the run
 
 
@@ -561,8 +566,10 @@ def claim(args: argparse.Namespace) -> IO[str]:
         out = Path(args.out or f"runs/{Path(args.ckpt).name}" + f"-{n}" * (n > 1))
         begun = args.resume and (out / "args.json").exists()
         problem = "holds files already, and only --resume goes on with a run"
+        if not out.is_dir() and os.path.lexists(out):
+            problem = "is a file, or a link to nothing"
         # A run that was killed before it began leaves no more than these.
-        if begun or not out.is_dir() or {path.name for path in out.iterdir()} <= {".lock", "args.json.tmp"}:
+        elif begun or not out.is_dir() or {path.name for path in out.iterdir()} <= {".lock", "args.json.tmp"}:
             out.mkdir(parents=True, exist_ok=True)
             lock = open(out / ".lock", "w")
             with contextlib.suppress(BlockingIOError):
@@ -577,12 +584,12 @@ def claim(args: argparse.Namespace) -> IO[str]:
 
 @contextlib.contextmanager
 def run_folder(args: argparse.Namespace, lock: IO[str] | None, state: dict) -> Iterator[tuple[Path, IO[bytes]]]:
-    """Begin to write a run in its folder, claimed already if it is resumed: its settings come first. Yields the folder,
-    and metrics.jsonl to append to, without what was logged after the checkpoint that the run goes on from."""
+    """Begin to write a run in its folder, which is claimed already: its settings come first. Yields the folder, and
+    metrics.jsonl to append to, without what was logged after the checkpoint that the run goes on from."""
     if rank():
         yield Path(gather(None)[0]), open(os.devnull, "wb")
         return
-    with lock or claim(args) as lock:
+    with lock:
         out = Path(lock.name).parent
         args.out = str(out)
         with atomic_write(out / "args.json") as file:
@@ -640,6 +647,9 @@ def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, sta
 def link(out: Path, folder: Path) -> None:
     """Have `latest`, and `model` and `state` with it, point to a checkpoint, on disk too: a machine may die."""
     for name, target in (("latest", folder.relative_to(out)), ("model", "latest/model"), ("state", "latest/state")):
+        if (out / name).is_dir() and not (out / name).is_symlink():
+            raise InputError(f"{out / name}: a folder where a run has a link, as scp -r and cp -L leave it; remove latest, "
+                             f"model and state in {out}: checkpoints/ has all that is in them")  # fmt: skip
         (out / f"{name}.tmp").unlink(missing_ok=True)
         (out / f"{name}.tmp").symlink_to(target)
         os.replace(out / f"{name}.tmp", out / name)
