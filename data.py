@@ -35,12 +35,13 @@ TINY = Path(__file__).parent / "tiny"  # the embedded default: a small checkpoin
 
 class Record(NamedTuple):
     """One example: turns of (prompt, completion), or plain text as the completion of an empty prompt. A multiple-choice
-    record also has its `choices`, the possible completions, and `answer`, the index of the right one."""
+    record also has its `choices`, the possible completions; that of its turn is right. ends: whether EOS follows a plain
+    text, which it does not if that is a file, or a part of one."""
 
     turns: list[tuple[str, str]]
     choices: Sequence[str] = ()
-    answer: int = 0
     plain: bool = False
+    ends: bool = True
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
@@ -61,7 +62,7 @@ def parse_record(record: object) -> Record:
             names = [name for name in options[1].split("/") if name] if options else []
             if (answer := record.get("answer")) in names and output.endswith(answer):
                 choices = [output.removesuffix(answer) + name for name in names]
-                return Record([(prompt, output)], choices, names.index(answer))
+                return Record([(prompt, output)], choices)
             return Record([(prompt, output)])
         case {"prompt": prompt, "choices": choices, "answer": answer}:
             if not isinstance(choices, list) or len(choices) < 2 or not all(map(as_text, choices)):
@@ -69,7 +70,7 @@ def parse_record(record: object) -> Record:
             answer = choices.index(answer) if answer in choices else answer
             if type(answer) is not int or not 0 <= answer < len(choices):
                 raise ValueError("'answer' must be one of 'choices', or its index from 0")
-            return Record([(as_text(prompt), choices[answer])], choices, answer)
+            return Record([(as_text(prompt), choices[answer])], choices)
         case {"prompt": prompt, "completion": completion} | {"input": prompt, "output": completion}:
             return Record([(as_text(prompt), as_text(completion))])
         case {"question": question, "answer": answer}:
@@ -114,7 +115,7 @@ def load_records(path: str | Path) -> list[Record]:
     without anything to learn are left out, with a warning. Raises InputError, with the line or record, or OSError."""
     path = Path(path)
     if path.suffix.lower() == ".txt":
-        return [Record([("", read_text(path))], plain=True)]
+        return [Record([("", read_text(path))], plain=True, ends=False)]
     kind, found, records = "line", parse_json(path), []
     match found:
         case [(_, list(values) | {"type": "text_only" | "text2text", "instances": list(values)})]:
@@ -141,7 +142,8 @@ def split_records(records: list[Record], share: float, most: int, seed: int) -> 
         content = records[0].turns[0][1]
         least, end = (int(len(content) * (1 - n * share)) for n in (2, 1))
         cut = content.rfind("\n", max(0, least), end) + 1 or end
-        parts = [[Record([("", text)], plain=True)] * bool(text.strip()) for text in (content[:cut], content[cut:])]
+        parts = [[records[0]._replace(turns=[("", text)], ends=False)] * bool(text.strip())
+                 for text in (content[:cut], content[cut:])]  # fmt: skip
     else:
         held = min(max(1, round(len(records) * share)), most)
         order = np.random.default_rng(seed).permutation(len(records))
@@ -312,10 +314,10 @@ class Dataset:
     def __init__(self, records: list[Record], tokenizer: Tokenizer, seq_len: int):
         rows, texts, cut = [], [], np.zeros(2, dtype=int)
         text_bos = ~np.array(tokenizer.encode(""), dtype=np.int32)
-        text_eos = np.array(tokenizer.encode("", bos=False, eos=len(records) > 1), dtype=np.int32)
+        text_eos = np.array(tokenizer.encode("", bos=False, eos=True), dtype=np.int32)
         for record in tqdm(records, "tokenising", leave=False, disable=None):
             if record.plain:
-                texts += [text_bos, encode_long(tokenizer, record.turns[0][1]), text_eos]
+                texts += [text_bos, encode_long(tokenizer, record.turns[0][1]), text_eos[: record.ends]]
                 continue
             row = []
             for prompt, completion in record.turns:
@@ -492,7 +494,8 @@ def parse_json(path: Path) -> list[tuple[int, object]]:
         try:
             value, end = json.JSONDecoder().raw_decode(text, begin)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: the JSON that begins on line {line} cannot be read: {error}") from None
+            plain = "; name plain text .txt" * (path.suffix not in (".json", ".jsonl"))
+            raise InputError(f"{path}: the JSON that begins on line {line} cannot be read: {error}{plain}") from None
         values.append((line, value))
     return values
 

@@ -789,13 +789,13 @@ CHAT = {"messages": [{"role": role, "content": content} for role, content in CHA
     [
         ({"prompt": "a", "completion": "b"}, Record([("a", "b")])),
         ({"input": "a", "output": "b"}, Record([("a", "b")])),
-        (CHOICES | {"answer": 1}, Record([("a", "c")], ["b", "c"], 1)),
-        (CHOICES | {"answer": "c"}, Record([("a", "c")], ["b", "c"], 1)),
+        (CHOICES | {"answer": 1}, Record([("a", "c")], ["b", "c"])),
+        (CHOICES | {"answer": "c"}, Record([("a", "c")], ["b", "c"])),
         ({"text": "abc"}, Record([("", "abc")], plain=True)),
         ({"question": "a", "answer": "b"}, Record([(data.alpaca_prompt("a"), "b")])),
         (
             {"question": "a", "choices": ["b", "c"], "answer": 1},
-            Record([(data.alpaca_prompt("a"), "c")], ["b", "c"], 1),
+            Record([(data.alpaca_prompt("a"), "c")], ["b", "c"]),
         ),
         ({"instruction": "a", "input": None, "output": "b"}, Record([(data.alpaca_prompt("a"), "b")])),
     ],
@@ -818,7 +818,10 @@ def test_alpaca_arc_and_chat_records():
     )
     assert alpaca.turns[0][1] == "hi Bo" and not alpaca.choices
     arc = parse_record(ARC)
-    assert arc.choices == ["the correct answer is answer1", "the correct answer is answer2"] and arc.answer == 1
+    assert (
+        arc.choices == ["the correct answer is answer1", "the correct answer is answer2"]
+        and arc.turns[0][1] == arc.choices[1]
+    )
     assert "### Input" not in arc.turns[0][0] and arc.turns[0][1] == ARC["output"]
     (first, hello), (second, ciao) = parse_record(CHAT).turns
     assert (first, hello) == ("be kind\n\n### Instruction:\nhi\n\n### Response:\n", "hello")
@@ -874,8 +877,8 @@ def test_data_files_of_every_kind(tmp_path):
         ("one.jsonl", json.dumps(ARC), records[:1]),
         ("typed.json", json.dumps({"type": "text2text", "instances": rows}), records),
         ("typed.jsonl", json.dumps({"type": "text_only", "instances": rows}, indent=1), records),
-        ("plain.txt", "hello\nworld", [Record([("", "hello\nworld")], plain=True)]),
-        ("PLAIN.TXT", "hello\nworld", [Record([("", "hello\nworld")], plain=True)]),
+        ("plain.txt", "hello\nworld", [Record([("", "hello\nworld")], plain=True, ends=False)]),
+        ("PLAIN.TXT", "hello\nworld", [Record([("", "hello\nworld")], plain=True, ends=False)]),
     ]:
         (tmp_path / name).write_text(text, encoding="utf-8")
         assert load_records(tmp_path / name) == expected
@@ -885,7 +888,7 @@ def test_data_files_of_every_kind(tmp_path):
 @pytest.mark.parametrize("file, choices", [("arc_easy_train.json", 3), ("boolq_test.json", 2)])
 def test_real_multiple_choice_data(file, choices):
     for raw, record in zip(json.loads((SHARED / "data" / file).read_text()), load_records(SHARED / "data" / file)):
-        assert len(record.choices) >= choices and record.choices[record.answer] == raw["output"]
+        assert len(record.choices) >= choices and record.turns[0][1] == raw["output"] in record.choices
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.txt", "tokenizer.model", "ranks"])
@@ -918,6 +921,7 @@ def test_split_keeps_every_record_once():
         assert len(held) == count and sorted(kept + held, key=records.index) == records
     kept, held = data.split_records([Record([("", "one\ntwo\nthree")], plain=True)], 0.3, 500, seed=0)
     assert [r.turns[0][1] for r in kept + held] == ["one\ntwo\n", "three"] and kept[0].plain and held[0].plain
+    assert not kept[0].ends and not held[0].ends
     kept, _ = data.split_records([Record([("", "Title\n" + "word " * 999)], plain=True)], 0.05, 500, seed=0)
     assert len(kept[0].turns[0][1]) == int(0.95 * (6 + 5 * 999))  # not at a line break that is far from there
 
@@ -1055,7 +1059,7 @@ def test_cut_rows_are_counted_by_what_was_cut():
     assert [len(row) for row in dataset] == [6, 6, 3, 6, 6]
     assert (dataset.prompts_cut, dataset.completions_cut) == (2, 2)
     with pytest.raises(InputError, match="short"):
-        Dataset([Record([("", "")], plain=True)], Letters(), 5)
+        Dataset([Record([("", "")], plain=True, ends=False)], Letters(), 5)
 
 
 @pytest.mark.parametrize("blank", ["", " \n"])
@@ -1085,11 +1089,13 @@ def test_long_rows_lose_the_prompts_left(prompt, completion, length):
 
 @given(st.lists(st.text(alphabet="xyz\n", min_size=2), min_size=1, max_size=3), st.integers(1, 50))
 def test_plain_text_rows_predict_each_token_once(texts, seq_len):
-    """Texts follow one another, each with its end-of-text token if there are several."""
+    """Texts follow one another, each with its end-of-text token, but for a text file and its parts."""
     rows = targets_of([{"text": text} for text in texts] + [{"prompt": "x", "completion": "y"}], seq_len)
     assert sum(rows[1:], []) == [i for text in texts for i in [*map(ord, text), 2]]
     rows = targets_of([{"text": texts[0]}], seq_len)
-    assert sum(rows, []) == [*map(ord, texts[0])] and all(len(row) == seq_len for row in rows[:-1])
+    assert sum(rows, []) == [*map(ord, texts[0]), 2] and all(len(row) == seq_len for row in rows[:-1])
+    file = Dataset([Record([("", texts[0])], plain=True, ends=False)], Letters(), seq_len)
+    assert [i for row in file for i in row[1:]] == [*map(ord, texts[0])]
 
 
 def test_samples_are_rows_drawn_by_seed():
@@ -2502,12 +2508,15 @@ def test_choice_accuracy_counts_the_likeliest_completion():
             context, ids = tokenizer.encode(record.turns[0][0]), tokenizer.encode(record.turns[0][0] + choice)
             logp = model(torch.tensor([ids]))[0].log_softmax(-1)
             scores.append(sum(logp[i - 1, ids[i]].item() for i in range(len(context), len(ids))))
-        right += int(np.argmax(scores)) == record.answer
-        by_length += int(np.argmax(np.array(scores) / [2, 1, 3])) == record.answer
+        right += record.choices[np.argmax(scores)] == record.turns[0][1]
+        by_length += record.choices[np.argmax(np.array(scores) / [2, 1, 3])] == record.turns[0][1]
     args = settings_of("--micro-batch-size", 5)
     result = train.evaluate(model, build_validation(records, tokenizer, 50), args)
     assert 0 < right < 12
     assert (result["val_accuracy"], result["val_accuracy_norm"]) == (right / 12, by_length / 12)
+    # Of two choices with the same text either is right.
+    records = [parse_record({"prompt": "p", "choices": ["xy", "xy"], "answer": n}) for n in range(2)]
+    assert train.evaluate(model, build_validation(records, tokenizer, 50), args)["val_accuracy"] == 1
 
 
 def test_outlier_chart_command(checkpoint, jsonl):

@@ -378,7 +378,7 @@ def evaluate(model: Transformer, validation: Dataset, args: argparse.Namespace) 
         right = np.zeros(2)
         for record, rows in zip(records, (rows[1:] for rows in examples if len(rows) > 1)):
             losses, lengths = [loss for loss, _ in rows], [len(choice) for choice in record.choices]
-            right += [np.argmin(x) == record.answer for x in (losses, np.divide(losses, lengths))]
+            right += [record.choices[np.argmin(x)] == record.turns[0][1] for x in (losses, np.divide(losses, lengths))]
         result["val_accuracy"], result["val_accuracy_norm"] = right / len(records)
     model.train()
     return {name: float(value) for name, value in result.items()}
@@ -725,8 +725,8 @@ def require_health(
     problem = problem or ("" if loss <= limit else f"the loss is {loss:.4g}")
     problem = problem or bad and f"in {bad} steps in a row loss or gradients were not finite, or the loss was far above"
     if problem:
-        raise InputError(f"diverged: {problem}; before training the loss was below {limit:.4g}; begin anew with a smaller "
-                         f"--lr or --scale ({args.lr:.3g} and {args.scale:g} now); {kept(out)}")  # fmt: skip
+        raise InputError(f"diverged: {problem}, where {limit:.4g} is far above that before training; begin anew with a "
+                         f"smaller --lr than {args.lr:.3g}; {kept(out)}")  # fmt: skip
 
 
 def load_state(out: Path) -> dict:
