@@ -2317,6 +2317,24 @@ def settings_of(*flags) -> train.argparse.Namespace:
 
 
 @pytest.mark.parametrize(
+    "flags, idle",
+    [
+        ("--method full --scale 2 --update-gap 9", "scale update-gap"),
+        ("--method full --embeddings projected --scale 2", ""),
+        ("--method lora --rank 4 --svd exact", "svd"),
+        ("--method lisa --rank 4 --threshold 5", "rank"),
+        ("--method galore --threshold 5", "threshold"),
+        ("--rank 0 --active 1 --scale 1", "scale"),
+        ("--threshold 5", "threshold"),
+        ("--threshold 5 --active 1 --rank 4 --scale 1 --update-gap 9 --svd exact", ""),
+    ],
+)
+def test_flags_without_effect_are_named(flags, idle, recwarn):
+    settings_of(*flags.split())
+    assert {str(warning.message).split()[0] for warning in recwarn} == {f"--{flag}" for flag in idle.split()}
+
+
+@pytest.mark.parametrize(
     "n_layers, dim, flags, active, rank, embeddings, ratio",
     [
         (32, 4096, "", 32, 40, "projected", 0.1),

@@ -30,6 +30,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial, partialmethod
@@ -426,10 +427,10 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--interval", type=at_least(1), help="optimizer steps between two draws (default: 50, lisa 3)")
     add("--rank", type=at_least(0), help=f"of the projection (default: dim / 16; owlore less with more than the paper's 5 of 32 layers active, for the same memory: 40 for a 7B), 0 for owlore without projection; of lora's additions (default: dim / 128); at least {MIN_RANK}")
     add("--lora-alpha", type=positive, help="lora's additions count alpha / rank (default: twice the rank)")
-    add("--update-gap", type=at_least(1), default=100, help="steps of a matrix between two projections (default: %(default)s)")
+    add("--update-gap", type=at_least(1), help="steps of a matrix between two projections (default: 100)")
     add("--scale", type=positive, help="of the projected update, not of what --residual adds (default: owlore 0.5, others 1, and so owlore with --rank 0 or at most the paper's --active)")
     add("--residual", action=argparse.BooleanOptionalAction, help="also follow what of a gradient the projection leaves out; in several micro-batches whole gradients wait for it in host memory, on several cards each one's rows of them (default: owlore, but not with --rank 0 or at most the paper's --active)")
-    add("--svd", choices=("randomized", "exact"), default="randomized", help="default: %(default)s")
+    add("--svd", choices=("randomized", "exact"), help="default: randomized")
     add("--threshold", type=at_least(1e-12, float, 1000), help="outliers are this many times above the mean (default: 13 at 4096 dimensions, less for smaller models)")
     add("--embeddings", choices=("full", "projected", "frozen"), help="training of embedding and output head (default: owlore projected, lora frozen, others full, and so owlore with --rank 0 or at most the paper's --active)")
     add("--embeddings-lr-ratio", type=positive, help="their learning rate, times --lr (default: owlore 0.1, others 1, and so owlore with --rank 0 or at most the paper's --active, and the embedded example)")
@@ -526,6 +527,8 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
         "active": method.sampling and active,
         "interval": method.interval,
         "rank": rank,
+        "update_gap": 100,
+        "svd": "randomized",
         "residual": more,
         "scale": 0.5 if more else 1.0,
         "lora_alpha": 2.0 * (args.rank or rank) if lora else None,
@@ -544,6 +547,12 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
         require(not frozen or f"{name}_lr_ratio" not in typed, f"--{name}-lr-ratio: {name} are frozen; leave it out")
     require(method.projection and args.rank or not args.residual, "--residual: no layer is projected; leave it out")
     require(args.rank or plain, "--rank 0 is owlore without projection; give another, or leave it out")
+    projected = method.projection and args.rank or args.embeddings == "projected"
+    used = {"rank": projected or lora or not args.rank, "scale": projected, "update_gap": projected, "svd": projected}
+    used["threshold"] = args.sampling and args.active < config.n_layers
+    for name in (name for name, needed in used.items() if name in typed and not needed):
+        why = "no layers are drawn" if name == "threshold" else "nothing is projected"
+        warnings.warn(f"--{name.replace('_', '-')} has no effect: {why}", stacklevel=2)
     limits = {"seq_len": (config.max_seq_len, "context is"), "active": (config.n_layers, "layers are")}
     for name, (most, what) in (limits | {"rank": (config.dim, "width is")} if lora else limits).items():
         flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
