@@ -43,10 +43,13 @@ def outlier_distribution(
 
     model: run once on each of the calibration batches, in eval mode, as `model(batch)`, or `model(**batch)` for a dict.
     layers: its blocks, whose nn.Linear are scored. threshold: how many times the mean an outlier is; by default what
-    suits the first one's width (`default_threshold`). Returns fp32 [L] on the CPU, fractions in [0, 1]. Warns if there
-    are no outliers at all. Raises ValueError for a layer without a linear that runs, or without finite scores."""
+    suits the first one's width (`default_threshold`). Returns fp32 [L] on the CPU, fractions in [0, 1]. What does not run
+    as an nn.Linear is not scored, and all positions count, so give batches without padding. Warns if there are no
+    outliers at all. Raises ValueError for a layer without a linear that runs, or without finite scores."""
     linears = [find_linears(layer) for layer in layers]
-    if not linears or not all(linears) or not all(m.weight.is_floating_point() for m in sum(linears, [])):
+    dtypes = {linear.weight.dtype for linear in sum(linears, [])}
+    # A weight of one byte has a scale beside it, of which nn.Linear knows nothing.
+    if not linears or not all(linears) or not all(t.is_floating_point and t.itemsize > 1 for t in dtypes):
         raise ValueError("outlier_distribution needs layers with an nn.Linear each, its weights float, not quantized")
     width = linears[0][0].in_features
     threshold = default_threshold(width) if threshold is None else threshold
@@ -112,9 +115,9 @@ def hill_alpha(weight: Tensor) -> float:
 
     weight: W [m, n]. e_1 <= ... <= e_n: the eigenvalues of W^T W, or of W W^T if m < n (the same, without its extra
     zeros). 1 if e_{n-k} is zero to the precision of fp32: no tail is heavier; inf if there is no tail, as of the
-    identity. Raises ValueError below 2 x 2."""
-    if weight.dim() != 2 or min(weight.shape) < 2:
-        raise ValueError(f"hill_alpha needs a matrix of at least 2 x 2, not {list(weight.shape)}")
+    identity. Raises ValueError below 2 x 2, and if W is not finite."""
+    if weight.dim() != 2 or min(weight.shape) < 2 or not weight.isfinite().all():
+        raise ValueError(f"hill_alpha needs a finite matrix of at least 2 x 2, not one of {list(weight.shape)}")
     s = torch.linalg.svdvals(weight.float()).double()  # sqrt(e), the largest first
     k = len(s) // 2
     if s[k] <= s[0] * max(weight.shape) * torch.finfo(torch.float32).eps:
@@ -134,7 +137,8 @@ def sampling_probabilities(outliers: Tensor, mode: str = "outlier") -> Tensor:
         reverse     max(p) - p_l, normalised
         increasing  in proportion to 1, 2, ..., L; decreasing: to L, ..., 2, 1
     Raises ValueError for another mode, or outliers that are negative or not finite."""
-    D = torch.as_tensor(outliers) * 1.0  # makes integers float
+    D = torch.as_tensor(outliers)
+    D = D.to(torch.promote_types(D.dtype, torch.float32))  # sums of fp16 overflow
     if D.dim() != 1 or not len(D) or not (torch.isfinite(D) & (D >= 0)).all():
         raise ValueError("outliers must be finite and not negative, one per layer")
     uniform = torch.ones_like(D)
@@ -151,14 +155,16 @@ class LayerSampler:
 
     layers: the model's blocks. probabilities: [L]. Parameters that are frozen when the sampler is made stay so: only
     the others take turns. A layer of probability 0 is drawn only if fewer than `active` have a positive one; the places
-    left are then filled uniformly. Wrap a model in DistributedDataParallel before the first draw: what is frozen then
-    it leaves out. Raises ValueError if `active` is not between 1 and L, if there are not L probabilities, or if a layer
-    is frozen altogether."""
+    left are then filled uniformly. Several processes that train one model must draw alike: score on the same batches,
+    or send the probabilities of one to the others. DistributedDataParallel leaves out what is frozen when it wraps the
+    model, so wrap it before the first draw, and with find_unused_parameters=True. Raises ValueError if `active` is not
+    between 1 and L, if there are not L probabilities, or if a layer is frozen altogether."""
 
     def __init__(self, layers: Sequence[nn.Module], probabilities: Tensor, active: int, seed: int = 0):
         self.layers, self.active = layers, active
         self.probabilities = p = torch.as_tensor(probabilities).double().cpu()
-        self.trainable = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
+        # Names, as the parameters themselves may be replaced when the model is wrapped, as by FSDP's fully_shard
+        self.trainable = [[name for name, p in layer.named_parameters() if p.requires_grad] for layer in layers]
         if p.shape != (len(layers),) or not ((p >= 0) & (p < math.inf)).all():
             raise ValueError(f"{len(layers)} layers need as many probabilities, finite and none of them negative")
         if not 1 <= active <= len(layers):
@@ -176,10 +182,14 @@ class LayerSampler:
         return self.drawn
 
     def activate(self, drawn: list[int]) -> None:
-        """Freeze all layers but these. A frozen layer keeps no gradient."""
+        """Freeze all layers but these. A frozen layer keeps no gradient. Raises RuntimeError if the layers have more to
+        train than when the sampler was made."""
         self.drawn = drawn
-        active = {p for index in drawn for p in self.trainable[index]}  # layers may share weights
-        for p in sum(self.trainable, []):
+        trainable = [[layer.get_parameter(name) for name in names] for layer, names in zip(self.layers, self.trainable)]
+        takes_turns, active = set(sum(trainable, [])), {p for index in drawn for p in trainable[index]}
+        if not all(p in takes_turns for layer in self.layers for p in layer.parameters() if p.requires_grad):
+            raise RuntimeError("a layer has new parameters to train: make the sampler after whatever adds them")
+        for p in takes_turns:  # layers may share some
             p.requires_grad_(p in active)
             p.grad = p.grad if p in active else None
 
@@ -213,7 +223,8 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     If m < n it is P = U_r [m, rank], R = P^T G [rank, n] and P N. A group without a rank is trained by AdamW. lr,
     betas, eps, weight_decay: as torch.optim.AdamW's, but no decay by default. bf16 weights are rounded stochastically.
-    A weight that is frozen loses its state, P too, and begins anew.
+    A weight that is frozen (does not require a gradient) takes no part, whatever its p.grad; it loses its state, P too,
+    and begins anew.
 
     A group with `residual` also follows what of G lies outside of P, without moments (Fira, arXiv 2410.01623): each row
     of it (column if m < n) is scaled as Adam scales that of R,
@@ -222,7 +233,11 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     to no more than sqrt(n), the longest step of Adam for all of G_i (sqrt(m) if m < n), and from the second step on the
     norm of it all grows by 1 % at most. |N_i| is that of the step before (sqrt(rank) in the first), so it need not wait
-    for N. A backward pass that projects does not: there W has moved even if `step` is never called.
+    for N.
+
+    A matrix whose gradient is zero or not finite when a new P is due stays as it is, and P stays due. A step that is
+    not taken changes nothing, but after a backward pass that projects: there the residual has moved W already, and a
+    new P has turned the first moment.
 
     It is used like any optimizer: p.grad holds G until `step`. in_backward: project in the backward pass instead, which
     saves the gradients' memory (part 4). svd: "randomized" or "exact". Raises ValueError for settings out of range, and
@@ -260,8 +275,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         if group["rank"] is None:
             if "basis" in state:  # the group was edited: begin anew
                 state.clear()
-            m, v, t = moments(state, own(g))
-            for p_rows, *rows, noise in row_blocks(p, seed, own(g), m, v):
+            m, v, t = moments(state, g)
+            for p_rows, *rows, noise in row_blocks(p, seed, *map(own, (g, m, v))):
                 write_back(p_rows, adam(*rows, t, group), group, noise)
             return
         # R = G P, of a new P if it is due
@@ -377,6 +392,11 @@ class ProjectedAdam(torch.optim.Optimizer):
             raise ValueError("a residual is what a projection leaves out: give its group a rank")
         if svd not in ("randomized", "exact"):
             raise ValueError(f"svd {svd!r} is not randomized or exact")
+        if rank is not None and not group["params"]:
+            raise ValueError("a group with a rank has no parameters: were matrices looked for where there are none?")
+        for name in ("maximize", "amsgrad", "update_proj_gap"):  # torch.optim.AdamW's; GaLore's name of update_gap
+            if group.get(name):
+                raise ValueError(f"{name} is not supported; the steps between two projections are update_gap")
         for p in group["params"]:
             if rank is not None and p.dim() != 2:
                 raise ValueError(f"only matrices can be projected, not a parameter of shape {list(p.shape)}")
@@ -421,22 +441,43 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take over a `state_dict()` bit for bit, or for plain groups torch.optim.AdamW's. Raises ValueError if a group
-        is projected here and plain there, or the other way round."""
-        for here, there in zip(self.param_groups, state_dict["param_groups"]):
-            if (here["rank"] is None) != (there.get("rank") is None):
-                raise ValueError(f"a group of rank {here['rank']} cannot load the state of rank {there.get('rank')}")
-            if there.get("amsgrad") or there.get("maximize"):
-                raise ValueError("cannot load the state of an AdamW with amsgrad or maximize")
-        # torch's own would cast fp32 moments to the dtype of bf16 weights: it gets the groups only.
-        super().load_state_dict({**state_dict, "state": {}})
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, state in state_dict["state"].items():
-            p, low_rank = parameters[index], "basis" in state
-            device = compute_device(p) if low_rank else p.device
-            for key, value in state.items():
-                if key != "step":
-                    value = (value if low_rank else own_rows(value, p)).to(device, torch.float32, copy=True)
-                self.state[p][key] = int(value) if key == "step" else value
+        is projected here and plain there, or the other way round, and for the state of other optimizers. (What
+        torch.distributed.checkpoint flattens it unflattens only into P and moments that are there already.)"""
+        loaded: dict = {}
+
+        def groups_only(_: ProjectedAdam, state_dict: dict) -> dict:  # torch would cast fp32 moments to bf16 weights'
+            loaded.update(state_dict)
+            for here, there in zip(self.param_groups, loaded["param_groups"]):
+                if (here["rank"] is None) != (there.get("rank") is None):
+                    raise ValueError(
+                        f"a group of rank {here['rank']} cannot load the state of rank {there.get('rank')}"
+                    )
+                if there.get("amsgrad") or there.get("maximize"):
+                    raise ValueError("cannot load the state of an AdamW with amsgrad or maximize")
+            known = {"step", "exp_avg", "exp_avg_sq", "basis", "lengths", "residual"}
+            if unknown := set().union(*loaded["state"].values()) - known:
+                raise ValueError(f"cannot load the state of an optimizer that keeps {', '.join(sorted(unknown))}")
+            return {**loaded, "state": {}}
+
+        def state_too(_: ProjectedAdam) -> None:
+            ids = (
+                id for group in loaded["param_groups"] for id in group["params"]
+            )  # names, if torch.distributed saved
+            for id, p in zip(ids, [p for group in self.param_groups for p in group["params"]]):
+                for key, value in loaded["state"].get(id, {}).items():
+                    if key == "step":
+                        new = int(value)
+                    elif "basis" in loaded["state"][id]:
+                        new = value.to(compute_device(p), torch.float32, copy=True)
+                    else:
+                        new = torch.empty_like(p, dtype=torch.float32)
+                        own(new).copy_(own_rows(own(value), p))
+                    self.state[p][key] = new
+
+        # Other people's hooks before loading come before ours, and those after it see all of the state.
+        before = self.register_load_state_dict_pre_hook(groups_only)
+        with before, self.register_load_state_dict_post_hook(state_too, prepend=True):
+            super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"in_backward": self.in_backward, "micro_batches": self.micro_batches}
@@ -550,7 +591,9 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     torch.linalg.LinAlgError if G is not finite or a decomposition fails."""
     G = gradient if is_tall(gradient) else gradient.T  # [larger, n]: P spans its rows
     n, width = G.shape[1], max(8, rank // 4)
-    k = 9 * width  # nine blocks, each a quarter of the rank wide (or 8): together 2.25 times as wide as P, or more
+    k = (
+        9 * width
+    )  # nine blocks, each a quarter of the rank wide (or 8): together about 2.25 times as wide as P, or more
     low, high = torch.aminmax(gradient)
     size = torch.maximum(-low, high).item() or 1.0  # the largest magnitude in G; inf or nan if not all of it is finite
     # A small one is quick to do exactly, and then the last directions do not hang on the rounding errors of G.
@@ -568,14 +611,14 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     # and tau are the Householder reflections (in LAPACK's form) that K comes from: it stays orthonormal even if A X
     # brings nothing new, as when G comes from few tokens, and in whatever precision products are set to. AK is A K.
     (H, K, AK), tau = G.new_zeros(3, n, k, dtype=torch.float32), G.new_zeros(k, dtype=torch.float32)
-    X = torch.randn(n, width, device=G.device, generator=torch.Generator(G.device).manual_seed(0))
+    X = torch.randn(n, width, dtype=torch.float32, device=G.device, generator=torch.Generator(G.device).manual_seed(0))
     for i in range(0, k, width):
         block, upto = slice(i, i + width), slice(0, i + width)
         if i > 0:
             AK[:, i - width : i] = X = sum(GX @ rows for rows, GX in half_products(X)).T / size
             X = torch.ormqr(H[:, :i], tau[:i], X, transpose=True)
         H[i:, block], tau[block] = torch.geqrf(X[i:])
-        unit = F.pad(torch.eye(width, device=G.device), (0, 0, i, n - i - width))
+        unit = F.pad(torch.eye(width, dtype=torch.float32, device=G.device), (0, 0, i, n - i - width))
         K[:, block] = X = torch.ormqr(H[:, upto], tau[upto], unit)
     # Of K's directions the best `rank` are the leading eigenvectors of K^T A K, [k, k]. eigh reads the lower triangle,
     # so of the last block's A X no more than X^T A X is needed.
@@ -678,7 +721,7 @@ def project_in_backward(group: dict, optimizer: ProjectedAdam) -> None:
     def hook(p: Tensor) -> None:
         optimizer = reference()
         # A sharded gradient is the mean over all processes, of which each has some rows: it is projected by `step`.
-        if not p.numel() or projected_group(p, optimizer) is None or is_sharded(p.grad):
+        if p.grad is None or not p.numel() or projected_group(p, optimizer) is None or is_sharded(p.grad):
             return
         if not isinstance(p.grad, ProjectedGradient):
             G, p.grad = p.grad, ProjectedGradient(p, optimizer)

@@ -1265,10 +1265,12 @@ def test_the_default_threshold_follows_the_width_and_no_outliers_are_told():
 
 def test_outlier_distribution_needs_batches_and_float_linears():
     linear = nn.Linear(2, 2)
-    quantized = nn.Linear(2, 2)
+    quantized, scaled = nn.Linear(2, 2), nn.Linear(2, 2)
     quantized.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.uint8), requires_grad=False)
+    scaled.weight = nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn), requires_grad=False)
     unused, x = nn.MultiheadAttention(2, 1).out_proj, torch.ones(1, 2)
     cases = [([linear], [], "batches"), ([nn.ReLU()], [x], "Linear"), ([quantized], [x], "quantized")]
+    cases.append(([scaled], [x], "quantized"))
     for layers, batches, match in [*cases, ([linear], [x / 0], "not finite")]:
         with pytest.raises(ValueError, match=match):
             outlier_distribution(nn.Sequential(*layers), layers, batches)
@@ -1300,6 +1302,9 @@ def test_hill_alpha_is_1_if_the_lower_half_of_the_spectrum_is_zero(rank, alpha):
     assert hill_alpha(W) == alpha if alpha else 1 < hill_alpha(W) < 2
     with pytest.raises(ValueError, match="2 x 2"):
         hill_alpha(torch.ones(1, 5))
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite"):
+            hill_alpha(torch.full((3, 3), bad))
     assert hill_alpha(torch.eye(4)) == math.inf  # a flat spectrum: ln 1 in all terms
 
 
@@ -1328,6 +1333,8 @@ def test_probability_modes():
     assert sampling_probabilities(D, "increasing").tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert sampling_probabilities(D, "decreasing").tolist() == pytest.approx([0.4, 0.3, 0.2, 0.1])
     assert sampling_probabilities(torch.zeros(4)).tolist() == [0.25] * 4
+    assert sampling_probabilities(torch.tensor([6e4, 6e4, 0], dtype=torch.float16)).tolist() == [0.5, 0.5, 0]
+    assert sampling_probabilities([1, 3]).tolist() == [0.25, 0.75]
     for bad in (torch.tensor([1.0, -1.0]), torch.tensor([1.0, math.nan]), torch.ones(2, 2)):
         with pytest.raises(ValueError):
             sampling_probabilities(bad)
@@ -1393,6 +1400,17 @@ def test_layers_that_share_a_weight_are_trained_if_one_is_drawn():
     layers[1].weight = layers[0].weight
     sampler = LayerSampler(layers, torch.tensor([1.0, 0.0]), active=1)
     assert sampler.resample() == [0] and layers[1].weight.requires_grad and not layers[1].bias.requires_grad
+
+
+def test_the_sampler_finds_parameters_that_were_replaced_and_refuses_new_ones():
+    layers = blocks(3)
+    sampler = LayerSampler(layers, torch.tensor([0.0, 1.0, 0.0]), active=1)
+    for layer in layers:  # as FSDP's fully_shard does
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    assert sampler.resample() == [1] and [layer.weight.requires_grad for layer in layers] == [False, True, False]
+    layers[2].adapter = nn.Linear(2, 2)  # as peft does
+    with pytest.raises(RuntimeError, match="new parameters"):
+        sampler.resample()
 
 
 def test_sampler_state_continues_the_same_draws():
@@ -1726,6 +1744,9 @@ def test_optimizer_refuses_what_it_cannot_do():
         ({"params": [W], "lr": -0.1}, {}),
         ({"params": [W], "rank": 2, "scale": math.nan}, {}),
         ({"params": [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))]}, {}),
+        ({"params": [W], "maximize": True}, {}),
+        ({"params": [W], "rank": 2, "update_proj_gap": 200}, {}),
+        ({"params": [], "rank": 2}, {}),
     ):
         with pytest.raises(ValueError):
             ProjectedAdam([group], lr=0.1, **options)
@@ -1971,6 +1992,45 @@ def test_a_state_that_does_not_fit_the_groups_is_refused():
     for here, there in ((projected, plain), (projected, adamw), (plain, projected)):
         with pytest.raises(ValueError, match="rank"):
             here.load_state_dict(there.state_dict())
+
+    sgd = torch.optim.SGD(matrices, lr=0.02, momentum=0.9)
+    train_net(net, sgd, 1)
+    with pytest.raises(ValueError, match="momentum_buffer"):
+        ProjectedAdam(matrices, lr=0.02).load_state_dict(sgd.state_dict())
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_torchs_state_dict_helpers(in_backward):
+    """What torch.distributed.checkpoint goes by names, as accelerate does under FSDP2."""
+    helpers = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    net, optimizer = small_net(in_backward)
+    train_net(net, optimizer, 5)
+    saved = copy.deepcopy(helpers.get_optimizer_state_dict(net, optimizer))
+    other, other_optimizer = small_net(in_backward)
+    other.load_state_dict(net.state_dict())
+    helpers.set_optimizer_state_dict(other, other_optimizer, saved)
+    train_net(net, optimizer, 5)
+    train_net(other, other_optimizer, 5)
+    assert all(torch.equal(*pair) for pair in zip(net.parameters(), other.parameters()))
+
+
+def test_hooks_of_loading_see_the_state():
+    net, optimizer = small_net(dtype=torch.bfloat16)
+    train_net(net, optimizer, 1)
+    seen = []
+
+    def double(_, state_dict):
+        state = {n: s | {"exp_avg": 2 * s["exp_avg"]} for n, s in state_dict["state"].items()}
+        return state_dict | {"state": state}
+
+    optimizer.register_load_state_dict_pre_hook(double)
+    optimizer.register_load_state_dict_post_hook(lambda optimizer: seen.append(len(optimizer.state)))
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    assert seen == [4] and all(
+        torch.equal(new["exp_avg"], 2 * old["exp_avg"])
+        for new, old in zip(optimizer.state_dict()["state"].values(), saved["state"].values())
+    )
 
 
 @pytest.mark.parametrize("in_backward, dtype", [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)])
@@ -3174,6 +3234,7 @@ def test_what_host_memory_cannot_hold_is_refused_with_what_needs_less(
 def sharded_process(rank: int, folder: str) -> None:
     """One of three processes with somebody's own FSDP loop, and one without: whether the weights that they train are
     equal, and whether each process can load its optimizer's own state_dict."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -3195,10 +3256,16 @@ def sharded_process(rank: int, folder: str) -> None:
                 optimizer.step()
             trained.append([owlore.whole(p.detach()) for p in model.parameters()])
         as_one += [torch.allclose(*pair, rtol=1e-4, atol=1e-6) for pair in zip(*trained)]
+        whole = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))["state"]
+        shapes = {name: state["exp_avg"].shape for name, state in whole.items() if name.endswith("bias")}
+        same.append(shapes == {f"{n}.bias": m.bias.shape for n, m in enumerate(first)})
         other = ProjectedAdam(groups, lr=1e-2)
         other.load_state_dict(optimizer.state_dict())
         same += [
-            torch.equal(v, other.state[p][k]) for p, s in optimizer.state.items() for k, v in s.items() if k != "step"
+            torch.equal(owlore.own(v), owlore.own(other.state[p][k]))
+            for p, s in optimizer.state.items()
+            for k, v in s.items()
+            if k != "step"
         ]
     refused = []
     for placement in (Shard(1), Replicate()):
@@ -3218,7 +3285,7 @@ def test_anybodys_sharded_weights_are_trained_like_whole_ones_and_other_sharding
     for rank, process in enumerate(processes):
         process.join(60)
         as_one, same, refused = torch.load(tmp_path / f"{rank}.pt")
-        assert as_one == [True] * 12 and len(same) == 42 and all(same) and refused == [True, True]
+        assert as_one == [True] * 12 and len(same) == 44 and all(same) and refused == [True, True]
 
 
 def test_more_processes_than_rows_are_refused(base, tmp_path):
