@@ -10,11 +10,13 @@ prompt is, is stored as its bitwise complement ~id, which is negative: one array
 import argparse
 import base64
 import contextlib
+import io
 import json
 import math
 import os
 import re
 import signal
+import sys
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,13 +37,11 @@ TINY = Path(__file__).parent / "tiny"  # the embedded default: a small checkpoin
 
 class Record(NamedTuple):
     """One example: turns of (prompt, completion), or plain text as the completion of an empty prompt. A multiple-choice
-    record also has its `choices`, the possible completions; that of its turn is right. ends: whether EOS follows a plain
-    text, which it does not if that is a file, or a part of one."""
+    record also has its `choices`, the possible completions; that of its turn is right."""
 
     turns: list[tuple[str, str]]
     choices: Sequence[str] = ()
     plain: bool = False
-    ends: bool = True
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
@@ -60,13 +60,13 @@ def parse_record(record: object) -> Record:
             prompt, output = alpaca_prompt(as_text(instruction), as_text(context)), as_text(output)
             options = re.search(r"Answer format: *(\S+)\s*$", instruction)
             names = [name for name in options[1].split("/") if name] if options else []
-            if (answer := record.get("answer")) in names and output.endswith(answer):
+            if (answer := record.get("answer")) in names and len(set(names)) > 1 and output.endswith(answer):
                 choices = [output.removesuffix(answer) + name for name in names]
                 return Record([(prompt, output)], choices)
             return Record([(prompt, output)])
         case {"prompt": prompt, "choices": choices, "answer": answer}:
             if not isinstance(choices, list) or len(choices) < 2 or not all(map(as_text, choices)):
-                raise ValueError("'choices' must be a list of at least two texts")
+                raise ValueError("'choices' must be a list of at least two texts, none of them empty")
             answer = choices.index(answer) if answer in choices else answer
             if type(answer) is not int or not 0 <= answer < len(choices):
                 raise ValueError("'answer' must be one of 'choices', or its index from 0")
@@ -76,7 +76,8 @@ def parse_record(record: object) -> Record:
         case {"question": question, "answer": answer}:
             return parse_record(record | {"prompt": alpaca_prompt(as_text(question)), "completion": answer})
         case {"messages": messages} | {"conversations": messages}:
-            return Record(parse_messages(messages))
+            system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+            return Record(parse_messages(system + messages if isinstance(messages, list) else messages))
         case {"text": content}:
             return Record([("", as_text(content))], plain=True)
     raise ValueError(f"unknown record {json.dumps(record)[:60]}; known: instruction + output, input + output, prompt + "
@@ -115,7 +116,7 @@ def load_records(path: str | Path) -> list[Record]:
     without anything to learn are left out, with a warning. Raises InputError, with the line or record, or OSError."""
     path = Path(path)
     if path.suffix.lower() == ".txt":
-        return [Record([("", read_text(path))], plain=True, ends=False)]
+        return [Record([("", read_text(path))], plain=True)]
     kind, found, records = "line", parse_json(path), []
     match found:
         case [(_, list(values) | {"type": "text_only" | "text2text", "instances": list(values)})]:
@@ -142,8 +143,7 @@ def split_records(records: list[Record], share: float, most: int, seed: int) -> 
         content = records[0].turns[0][1]
         least, end = (int(len(content) * (1 - n * share)) for n in (2, 1))
         cut = content.rfind("\n", max(0, least), end) + 1 or end
-        parts = [[records[0]._replace(turns=[("", text)], ends=False)] * bool(text.strip())
-                 for text in (content[:cut], content[cut:])]  # fmt: skip
+        parts = [[Record([("", text)], plain=True)] * bool(text.strip()) for text in (content[:cut], content[cut:])]
     else:
         held = min(max(1, round(len(records) * share)), most)
         order = np.random.default_rng(seed).permutation(len(records))
@@ -231,10 +231,10 @@ class HuggingFaceTokenizer(Tokenizer):
             token = settings.get(key, config.get(f"{key}_id"))
             token = token.get("content") if isinstance(token, dict) else token
             token = token[0] if isinstance(token, list) and token else token  # chat models may end in one of several
-            id = self.model.token_to_id(token) if isinstance(token, str) else token
-            if not isinstance(id, int | None) or id is None and token:
+            id = self.model.token_to_id(token) if isinstance(token, str) else -1 if token is None else token
+            if type(id) is not int or not -1 <= id < self.vocab_size:
                 raise ValueError(f"its {key} is not one of its tokens")
-            ids.append(-1 if id is None else id)
+            ids.append(id)
         self.bos_id, self.eos_id = ids
 
     def encode_text(self, text: str) -> list[int]:
@@ -254,6 +254,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if path.suffix == ".json":
             return HuggingFaceTokenizer(raw, path.parent)
         return TiktokenTokenizer(raw) if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw) else SentencePieceTokenizer(raw)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing, and so is tokenizer.json; copy the model's own there") from None
     except ImportError as error:
         raise InputError(f"{path}: this tokenizer needs one more package: pip install {error.name}") from None
     except Exception as error:  # the package tokenizers raises no narrower one
@@ -314,10 +316,10 @@ class Dataset:
     def __init__(self, records: list[Record], tokenizer: Tokenizer, seq_len: int):
         rows, texts, cut = [], [], np.zeros(2, dtype=int)
         text_bos = ~np.array(tokenizer.encode(""), dtype=np.int32)
-        text_eos = np.array(tokenizer.encode("", bos=False, eos=True), dtype=np.int32)
+        text_eos = np.array(tokenizer.encode("", bos=False, eos=len(records) > 1), dtype=np.int32)
         for record in tqdm(records, "tokenising", leave=False, disable=None):
             if record.plain:
-                texts += [text_bos, encode_long(tokenizer, record.turns[0][1]), text_eos[: record.ends]]
+                texts += [text_bos, encode_long(tokenizer, record.turns[0][1]), text_eos]
                 continue
             row = []
             for prompt, completion in record.turns:
@@ -332,6 +334,10 @@ class Dataset:
         if not spans:
             raise InputError("--data: too short: not two tokens of text in a row")
         self.rows, self.groups = np.array(spans), [[n] for n in range(len(spans))]
+        told = self.ids >= 0
+        told[self.rows[:, 0]] = False  # what comes first in a row nothing predicts
+        if not told.any():
+            raise InputError("--data, --val-data: holds no token to learn, as this tokenizer reads it")
         self.records = [record for record in records if record.choices]
         self.prompts_cut, self.completions_cut = cut.tolist()
 
@@ -533,6 +539,27 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target / name) as file:
             file.write(content)
+
+
+class Output(io.TextIOWrapper):
+    """A stream whose reader may go away, as a closed terminal or a `tee` that Ctrl-C ends: a run goes on, or saves."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+def robust_output() -> None:
+    """Have printing never fail: not in a terminal that knows fewer characters, nor in one that is closed."""
+    for name in ("stdout", "stderr"):  # None if it was closed from the beginning
+        stream = getattr(sys, name)
+        buffer, encoding = (stream.buffer, stream.encoding) if stream else (open(os.devnull, "wb"), "utf-8")
+        setattr(sys, name, Output(buffer, encoding, "backslashreplace", line_buffering=True))
 
 
 def at_least(least: float, kind: type = int, most: float = 2**31 - 1) -> Callable[[str], float]:

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import FOREIGN, InputError, Layout, Tokenizer, alpaca_prompt, at_least, atomic_write, command, copy_tokenizer
-from data import load_tokenizer, read_json
+from data import load_tokenizer, read_json, robust_output
 from owlore import Linear, own, own_rows, whole
 
 
@@ -390,6 +390,8 @@ def stream(model: Transformer, tokens: Tensor, max_new_tokens: int, temperature:
     for _ in range(max_new_tokens):
         with torch.no_grad():  # entered at each step: a generator must not leave it set for its caller
             logits = model.output(model.hidden(tokens, cache=cache)[:, -1]).float()  # [B, V]
+            if not logits.isfinite().all():
+                raise InputError("the model's output is not finite: its weights are damaged, or not for this dtype")
             if temperature < 1e-6:
                 tokens = logits.argmax(1, keepdim=True)
             else:
@@ -486,14 +488,21 @@ def read_hf_config(file: Path) -> dict:
     Raises InputError for other models than LLaMA's and Mistral's."""
     config = read_json(file)
     # transformers 4 spells these at the top level, transformers 5 inside rope_parameters
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = {"rope_type": rope.get("type", "default")} | rope if isinstance(rope, dict) else {"rope_type": rope}
+    ropes = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)] or [{}]
+    ropes = [{"rope_type": r.get("type", "default")} | r if isinstance(r, dict) else {"rope_type": r} for r in ropes]
+    rope = ropes[0]
+    if any(rope.get(key) != value for key, value in ropes[-1].items() if key != "type"):
+        raise InputError(
+            f"{file}: rope_parameters and rope_scaling contradict each other; remove the one that is wrong"
+        )
     config = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"} | config | rope
     supported = {"model_type": ("llama", "mistral"), "hidden_act": ("silu",), "rope_type": ("default", "llama3")}
     supported |= dict.fromkeys(("attention_bias", "mlp_bias", "quantization_config"), (None, False))
     for key, values in supported.items():
         if config.get(key) not in values:
-            raise InputError(f"{file}: {key} {config.get(key)!r:.60}: only LLaMA and Mistral models are supported")
+            raise InputError(
+                f"{file}: {key} {config.get(key)!r:.60} is not supported, but {' or '.join(map(str, values))}"
+            )
     if config["model_type"] == "llama":
         config.pop("sliding_window", None)
     params = {field: config[key] for field, key in HF_KEYS.items() if key in config}
@@ -564,7 +573,7 @@ def require_device(device: str) -> None:
     """Raise InputError if there is none of that name."""
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError):  # torch without CUDA asserts
+    except (RuntimeError, AssertionError, ImportError):  # torch without CUDA asserts, others miss a package
         raise InputError(f"--device {device}: there is no such device here; try --device cpu") from None
 
 
@@ -724,7 +733,9 @@ def main() -> None:
 
 def export_or_continue(args: argparse.Namespace) -> None:
     """Save the checkpoint in Hugging Face's layout, or print the prompt and stream what the model says next."""
-    if args.export:
+    if args.export is not None:
+        if any(Path(args.export).glob("*.safetensors")):
+            raise InputError(f"--export {args.export}: holds a checkpoint already; choose another folder")
         save_model(load_model(args.ckpt, dtype=FLAG_DTYPES.get(args.dtype)), args.export, "hf")
         copy_tokenizer(args.ckpt, args.export)
         return print(f"saved: {args.export}")
@@ -732,6 +743,8 @@ def export_or_continue(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     ids = tokenizer.encode(alpaca_prompt(args.prompt) if args.instruct else args.prompt, bos=True)
     room = model.config.max_seq_len - len(ids)
+    if not ids:
+        raise InputError("--prompt: give one, as this tokenizer has no BOS token to begin with")
     if room < 1:
         raise InputError(f"--prompt: {len(ids)} tokens leave no room in the context of {model.config.max_seq_len}")
     shown = tokenizer.decode(ids)
@@ -749,4 +762,5 @@ def export_or_continue(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    robust_output()
     main()

@@ -880,6 +880,8 @@ def compute_device(p: Tensor) -> torch.device:
 
 
 if __name__ == "__main__":
-    from train import show_layers  # the command needs the files beside this one, the method does not
+    from data import robust_output  # the command needs the files beside this one, the method does not
+    from train import show_layers
 
+    robust_output()
     show_layers()

@@ -593,6 +593,7 @@ BAD_CHECKPOINTS = {
     "other architecture": (lambda p: to_hf(p, model_type="gpt2"), "gpt2"),
     "other rope": (lambda p: to_hf(p, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "yarn"),
     "rope of another type": (lambda p: to_hf(p, rope_parameters=["llama3"]), "rope_type"),
+    "two ropes": (lambda p: to_hf(p, rope_scaling={"type": "linear", "factor": 4.0}), "contradict"),
     "attention bias": (lambda p: to_hf(p, attention_bias=True), "attention_bias"),
 }  # fmt: skip
 
@@ -620,7 +621,7 @@ def test_saving_over_another_checkpoint_is_refused(checkpoint):
 
 
 def test_a_device_that_is_not_there_is_refused(checkpoint):
-    for device in ("cuda:77", "abacus"):
+    for device in ("cuda:77", "abacus", "hpu"):
         with pytest.raises(InputError, match=device):
             load_model(checkpoint, device)
 
@@ -826,6 +827,9 @@ def test_alpaca_arc_and_chat_records():
     (first, hello), (second, ciao) = parse_record(CHAT).turns
     assert (first, hello) == ("be kind\n\n### Instruction:\nhi\n\n### Response:\n", "hello")
     assert (second, ciao) == ("### Instruction:\nbye\n\n### Response:\n", "ciao")
+    apart = parse_record({"conversations": CHAT["messages"][1:], "system": "be kind"})
+    assert apart == parse_record(CHAT)
+    assert not parse_record(ARC | {"instruction": "Answer format: answer2"}).choices  # nothing to choose from
 
 
 @pytest.mark.parametrize(
@@ -845,6 +849,7 @@ def test_alpaca_arc_and_chat_records():
         (CHOICES | {"choices": ["b", ""], "answer": 0}, "choices"),
         (CHOICES | {"choices": "bc", "answer": 0}, "choices"),
         ({"messages": CHAT["messages"][:2]}, "assistant"),
+        ({"messages": [], "system": "be kind"}, "assistant"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
         ({"messages": {"role": "user"}, "text": "a"}, "role"),
     ],
@@ -877,8 +882,8 @@ def test_data_files_of_every_kind(tmp_path):
         ("one.jsonl", json.dumps(ARC), records[:1]),
         ("typed.json", json.dumps({"type": "text2text", "instances": rows}), records),
         ("typed.jsonl", json.dumps({"type": "text_only", "instances": rows}, indent=1), records),
-        ("plain.txt", "hello\nworld", [Record([("", "hello\nworld")], plain=True, ends=False)]),
-        ("PLAIN.TXT", "hello\nworld", [Record([("", "hello\nworld")], plain=True, ends=False)]),
+        ("plain.txt", "hello\nworld", [Record([("", "hello\nworld")], plain=True)]),
+        ("PLAIN.TXT", "hello\nworld", [Record([("", "hello\nworld")], plain=True)]),
     ]:
         (tmp_path / name).write_text(text, encoding="utf-8")
         assert load_records(tmp_path / name) == expected
@@ -921,7 +926,6 @@ def test_split_keeps_every_record_once():
         assert len(held) == count and sorted(kept + held, key=records.index) == records
     kept, held = data.split_records([Record([("", "one\ntwo\nthree")], plain=True)], 0.3, 500, seed=0)
     assert [r.turns[0][1] for r in kept + held] == ["one\ntwo\n", "three"] and kept[0].plain and held[0].plain
-    assert not kept[0].ends and not held[0].ends
     kept, _ = data.split_records([Record([("", "Title\n" + "word " * 999)], plain=True)], 0.05, 500, seed=0)
     assert len(kept[0].turns[0][1]) == int(0.95 * (6 + 5 * 999))  # not at a line break that is far from there
 
@@ -1002,6 +1006,13 @@ def test_a_tokenizer_json_that_cannot_be_read_is_told_in_one_line(tokenizer_json
     (tokenizer_json / "tokenizer_config.json").write_text('{"bos_token": "<|nowhere|>"}')
     with pytest.raises(InputError, match="bos_token is not one of its tokens"):
         load_tokenizer(tokenizer_json)
+    (tokenizer_json / "tokenizer_config.json").unlink()
+    for id in (5000, True, 1.5):
+        (tokenizer_json / "config.json").write_text(json.dumps({"eos_token_id": id}))
+        with pytest.raises(InputError, match="eos_token is not one of its tokens"):
+            load_tokenizer(tokenizer_json)
+    with pytest.raises(InputError, match="tokenizer.model: missing"):
+        load_tokenizer(tokenizer_json.parent)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(InputError, match="pip install tokenizers"):
         load_tokenizer(tokenizer_json)
@@ -1059,7 +1070,7 @@ def test_cut_rows_are_counted_by_what_was_cut():
     assert [len(row) for row in dataset] == [6, 6, 3, 6, 6]
     assert (dataset.prompts_cut, dataset.completions_cut) == (2, 2)
     with pytest.raises(InputError, match="short"):
-        Dataset([Record([("", "")], plain=True, ends=False)], Letters(), 5)
+        Dataset([Record([("", "")], plain=True)], Letters(), 5)
 
 
 @pytest.mark.parametrize("blank", ["", " \n"])
@@ -1077,6 +1088,16 @@ def test_records_with_an_empty_completion_are_counted_and_left_out(blank, checkp
     assert_refused(cli(f"--ckpt {checkpoint} --data {file} --out {tmp_path / 'run'}"), "empty completions")
 
 
+def test_data_without_a_token_to_learn_is_refused():
+    class Bare(Letters):
+        def encode(self, text, bos=True, eos=False):
+            return super().encode(text, bos=False, eos=False)
+
+    with pytest.raises(InputError, match="no token to learn"):
+        Dataset([parse_record({"prompt": "", "completion": "a"})] * 3, Bare(), 9)
+    assert len(Dataset([parse_record({"prompt": "", "completion": "xy"})], Bare(), 9).rows) == 1
+
+
 @given(st.integers(0, 30), st.integers(1, 30), st.integers(2, 40))
 def test_long_rows_lose_the_prompts_left(prompt, completion, length):
     row = [~1] + [~i for i in range(100, 100 + prompt)] + list(range(200, 200 + completion))
@@ -1089,13 +1110,11 @@ def test_long_rows_lose_the_prompts_left(prompt, completion, length):
 
 @given(st.lists(st.text(alphabet="xyz\n", min_size=2), min_size=1, max_size=3), st.integers(1, 50))
 def test_plain_text_rows_predict_each_token_once(texts, seq_len):
-    """Texts follow one another, each with its end-of-text token, but for a text file and its parts."""
+    """Texts follow one another, each with its end-of-text token if there are several."""
     rows = targets_of([{"text": text} for text in texts] + [{"prompt": "x", "completion": "y"}], seq_len)
     assert sum(rows[1:], []) == [i for text in texts for i in [*map(ord, text), 2]]
     rows = targets_of([{"text": texts[0]}], seq_len)
-    assert sum(rows, []) == [*map(ord, texts[0]), 2] and all(len(row) == seq_len for row in rows[:-1])
-    file = Dataset([Record([("", texts[0])], plain=True, ends=False)], Letters(), seq_len)
-    assert [i for row in file for i in row[1:]] == [*map(ord, texts[0])]
+    assert sum(rows, []) == [*map(ord, texts[0])] and all(len(row) == seq_len for row in rows[:-1])
 
 
 def test_samples_are_rows_drawn_by_seed():
@@ -2805,6 +2824,7 @@ def test_a_checkpoint_that_will_not_fit_the_disk_is_refused_before_training(meth
     assert code == 2 and not (tmp_path / "c").exists()
     assert float(left) == round(free / 2**20, 2) and 3 * size / 2**20 == pytest.approx(float(needed), rel=0.05)
     train_run(f"{line} {tmp_path / 'c'} --save-every 3")  # one at the end
+    train_run(f"{line} {tmp_path / 'd'} --save-every 2 --keep 9")  # no more than two
 
 
 def test_runs_are_saved_by_time(base, tmp_path, monkeypatch):
@@ -3372,6 +3392,33 @@ def test_what_is_not_trained_by_may_change_on_resume(base, checkpoint, jsonl, tm
     assert [row["step"] for row in read_metrics(out) if "lr" in row] == [1, 2, 3, 4, 5, 6]
 
 
+def test_other_validation_data_on_resume_is_measured_anew(base, checkpoint, jsonl, tmp_path):
+    """A loss that is far above what was measured on the old data is not taken for one of a run that diverged."""
+    out, other = tmp_path / "run", tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "a", "completion": " \u65e5\u672c"}')
+    train_run(f"{base} --steps 4 --val-data {jsonl} --out {out}")
+    train_run(f"--resume --out {out} --steps 8 --val-data {other}")
+    rows = read_metrics(out)
+    begun = [row for row in rows if row["step"] == 4 and "val_loss" in row]
+    assert len(begun) == 2 and begun[1]["val_loss"] != begun[0]["val_loss"]
+    code, text, _ = cli(f"--ckpt {out / 'model'} --val-data {other} --eval-only")
+    assert code == 0 and f"{rows[-1]['val_loss']:.4f}" in text
+
+
+def test_a_checkpoint_that_was_removed_gives_back_its_room(base, tmp_path, monkeypatch):
+    """What a run was resumed from is not mapped any more when it is gone."""
+    out, maps, save = tmp_path / "run", [], train.save_checkpoint
+    train_run(f"{base} --steps 2 --active 1 --keep 1 --out {out}")
+
+    def look_and_save(*args):
+        save(*args)
+        maps.append(Path("/proc/self/maps").read_text())
+
+    monkeypatch.setattr(train, "save_checkpoint", look_and_save)
+    train_run(f"--resume --out {out} --steps 4")
+    assert len(maps) == 1 and str(out) not in maps[0]
+
+
 def test_a_run_leaves_alone_what_is_not_its_own(base, tmp_path):
     out = tmp_path / "run"
     train_run(f"{base} --steps 2 --out {out}")
@@ -3392,6 +3439,8 @@ def test_contradicting_flags_and_changed_data_are_refused_on_resume(base, jsonl,
     train_run(f"{base} --steps 5 --out {out}")
     assert cli(f"{base} --steps 5 --resume --out {out}")[0] == 0  # the same flags again are fine
     assert_refused(cli(f"--resume --out {out} --lr 1"), "--lr 1.0")
+    assert_refused(cli(f"--resume --out {out} --ckpt {tmp_path / 'elsewhere'}"), "--ckpt")
+    assert_refused(cli(f"--resume --out {out} --eval-only"), "--eval-only")
     saved = json.loads((out / "args.json").read_text())
     for damaged in ([1], {"ckpt": 1}, saved | {"no_flag": 1}):
         (out / "args.json").write_text(json.dumps(damaged))
@@ -3596,6 +3645,21 @@ def test_export_is_a_copy_in_hugging_faces_layout(layout, tmp_path):
     assert code == 0 and str(out) in text and (out / "config.json").exists(), error
     assert_same_model(out, model)
     assert load_tokenizer(out).encode("a b") == load_tokenizer(TINY).encode("a b")
+    before = snapshot(out)
+    assert_refused(cli(f"--ckpt {TINY} --export {out}", model_module.main), "holds a checkpoint")
+    assert snapshot(out) == before
+
+
+def test_weights_that_are_not_finite_are_told(checkpoint, jsonl):
+    edit_tensors(checkpoint, norm__weight=torch.full((64,), math.nan))
+    assert_refused(cli(f"--ckpt {checkpoint} --val-data {jsonl} --eval-only"), "loss is nan")
+    for flags in ("", "--temperature 1"):
+        assert_refused(cli(f"--ckpt {checkpoint} --prompt hi {flags}", model_module.main), "not finite")
+
+
+def test_a_tokenizer_without_bos_needs_a_prompt(checkpoint, monkeypatch):
+    monkeypatch.setattr(data.SentencePieceTokenizer, "bos_id", property(lambda _: -1, lambda *_: None), raising=False)
+    assert_refused(cli(f"--ckpt {checkpoint}", model_module.main), "--prompt")
 
 
 def test_a_prompt_can_be_an_instruction(checkpoint):

@@ -21,7 +21,6 @@ if __name__ == "__main__":  # already here, as importing torch takes its seconds
 import argparse
 import contextlib
 import fcntl
-import io
 import itertools
 import json
 import math
@@ -46,7 +45,8 @@ from tqdm import tqdm
 
 import owlore
 from data import TINY, Dataset, InputError, at_least, atomic_write, build_validation
-from data import command, common_beginning, copy_tokenizer, grouped, lay_out, load_records, read_json, split_records
+from data import command, common_beginning, copy_tokenizer, grouped, lay_out, load_records, read_json, robust_output
+from data import split_records
 from model import CHUNK, ModelConfig, Transformer, add_lora, load, read_checkpoint, require_device, save_model
 from owlore import LayerSampler, ProjectedAdam, outlier_distribution, sampling_probabilities
 
@@ -91,13 +91,16 @@ def run(args: argparse.Namespace) -> None:
     state = load_state(Path(args.out)) if args.resume else {}
     model, data, validation = load_inputs(args, state)
     if args.eval_only:
-        return print(f"{args.ckpt} on {args.val_data or args.data}: {describe(evaluate(model, validation, args))}")
+        result = evaluate(model, validation, args)
+        if not math.isfinite(result["val_loss"]):
+            raise InputError(f"{args.ckpt}: the loss is {result['val_loss']}: damaged weights, or not for {args.dtype}")
+        return print(f"{args.ckpt} on {args.val_data or args.data}: {describe(result)}")
     steps = planned_steps(data, args, state)
     require_room(model, args, steps)
     lock = lock or (None if rank() else claim(args))  # before what takes long
     sampler = outliers = None
     if args.sampling and args.active < len(model.layers):
-        outliers = gather(state["outliers"] if state else score_layers(model, data, args))[0]  # 1. score
+        outliers = gather(state.pop("outliers").clone() if state else score_layers(model, data, args))[0]  # 1. score
         p = sampling_probabilities(outliers, args.sampling)  # 2. sample
         sampler = LayerSampler(model.layers, p, args.active, args.seed)
         print(layer_chart({"outliers %": 100 * outliers, "p": p}))
@@ -112,8 +115,11 @@ def run(args: argparse.Namespace) -> None:
 
     step, skipped, bad = state.get("step", 0), state.get("skipped", 0), 0
     before, after, limit = map(state.get, ("before", "after", "limit"))
-    if not state:
-        before = after = evaluate(model, validation, args)  # after: the latest
+    checksum = zlib.crc32(validation.ids)
+    begins = not state or state.get("validation", checksum) != checksum  # or goes on with other --val-data
+    if begins:
+        before, limit = evaluate(model, validation, args), None
+        after = before  # the latest
         comment(before["val_loss"], model.config.vocab_size, args)
     text = "{desc} {bar} {n_fmt}/{total_fmt} {remaining}"  # what stands last is cut off on a narrow screen
     with (
@@ -121,8 +127,8 @@ def run(args: argparse.Namespace) -> None:
         note_signals() as signals,
         tqdm(total=steps, initial=step, bar_format=text, dynamic_ncols=True) as bar,
     ):
-        if not state:
-            log(metrics, step=0, **before)
+        if begins:
+            log(metrics, step=step, **before)
         stopping, save_at = False, time.perf_counter() + SAVE_SECONDS
         while step < steps and not stopping:
             began = time.perf_counter()
@@ -154,7 +160,8 @@ def run(args: argparse.Namespace) -> None:
             if step == steps or stopping or lost or (due and not bad):
                 require_health(model, validation, limit, bad * lost, args, out)
                 now = {"step": step, "steps": steps, "skipped": skipped, "limit": limit, "before": before,
-                       "after": after, "outliers": outliers, "data": zlib.crc32(data.ids), "logged": metrics.tell(),
+                       "after": after, "outliers": outliers, "data": zlib.crc32(data.ids), "validation": checksum,
+                       "logged": metrics.tell(),
                        **training_state(model, optimizer, sampler)}  # fmt: skip
                 began = time.perf_counter()
                 save_checkpoint(out, args, model, now)
@@ -340,9 +347,9 @@ def fit(args: argparse.Namespace) -> argparse.Namespace:
             host, free = host_memory(model, fitted), available_memory()
             if any(gather(host > free)):
                 fewer, plain = {"batch_size": at_once * processes()}, {"residual": False}
-                ways = {"--no-residual": plain, f"--batch-size {fewer['batch_size']}": fewer}
-                ways[" ".join(ways)] = fewer | plain
-                less = (flags for flags, change in ways.items()
+                savings = {"--no-residual": plain, f"--batch-size {fewer['batch_size']}": fewer}
+                savings[" ".join(savings)] = fewer | plain
+                less = (flags for flags, change in savings.items()
                         if host_memory(model, argparse.Namespace(**vars(fitted) | change)) <= free)  # fmt: skip
                 other = "a smaller --active, or " * bool(args.sampling) + "another --method or model"
                 raise InputError(f"out of memory: a step takes {in_words(host)} of host memory, {in_words(free)} are free; "
@@ -461,6 +468,8 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The settings of a run: flags and defaults that follow the checkpoint's config, or with --resume what the run was
     begun with. Raises InputError if they disagree."""
     args = parser.parse_args()
+    if args.resume and args.eval_only:
+        raise InputError("--eval-only: evaluates what --ckpt says, RUN/model for instance; leave out --resume")
     file = Path(args.out or "") / "args.json"
     if args.resume and args.out and file.exists():
         older = {"embeddings_lr_ratio": 1.0, "norms_lr_ratio": 1.0, "residual": False, "scale": 1.0}
@@ -471,7 +480,7 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
             raise InputError(f"{file}: {problem}; the checkpoints beside it are still usable")
         begun_with = argparse.Namespace(**saved | {"resume": True, "out": args.out, "epochs": None, "steps": None})
         args = parser.parse_args(namespace=begun_with)  # which flags that are given override
-        for name in saved.keys() - MAY_CHANGE - {"ckpt" if args.method != "lora" else ""}:  # lora goes on from --ckpt
+        for name in saved.keys() - MAY_CHANGE:
             if (value := getattr(args, name)) != saved[name]:
                 flag = name.replace("_", "-")
                 flag = f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag} {value}"
@@ -706,7 +715,8 @@ def kept(out: Path) -> str:
 def require_room(model: Transformer, args: argparse.Namespace, steps: int) -> None:
     """Raise InputError if the disk has no room for the checkpoints that a run will have at a time."""
     size, out = checkpoint_size(model, args), Path(args.out or "runs").absolute()
-    count = 1 if (args.save_every or 0) >= steps else args.keep + 1  # one is written before another is removed
+    # One is written before another is removed.
+    count = min(args.keep + 1, math.ceil(steps / (args.save_every or 1)))
     count = max(1, count - len(list(out.glob(f"checkpoints/{STEP}"))))
     free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
     if count * size > free:
@@ -789,12 +799,14 @@ def training_state(model: Transformer, optimizer: ProjectedAdam, sampler: LayerS
 
 def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> None:
     """Go on where a checkpoint's state was taken."""
-    optimizer.load_state_dict(state["optimizer"])
-    for name, value in state["adapters"].items():
+    optimizer.load_state_dict(
+        state.pop("optimizer")
+    )  # let go of: while it is mapped, a file takes room when it is gone
+    for name, value in state.pop("adapters").items():
         p = model.get_parameter(name).detach()
         owlore.own(p).copy_(owlore.own_rows(value, p))
     if sampler:
-        sampler.load_state_dict(state["sampler"])
+        sampler.load_state_dict(state.pop("sampler"))
 
 
 # Around the loop
@@ -818,7 +830,8 @@ def load_inputs(args: argparse.Namespace, state: dict) -> tuple[Transformer, Dat
     validation = build_validation(held_out, tokenizer, args.seq_len)
     data = None if args.eval_only else Dataset(records, tokenizer, args.seq_len)
     if data and state and state["data"] != zlib.crc32(data.ids):
-        raise InputError("--data: is not what this run was reading; put the old file back")
+        raise InputError("--data: what of it is trained on is not what this run was reading; put the old file back, and "
+                         "leave out --val-data if a part of it was held out")  # fmt: skip
     if args.pack and data:
         data.groups = data.packed(args.seq_len, args.seed)
     for name, dataset in ((args.data, data), (args.val_data or "held-out part", validation)):
@@ -939,19 +952,6 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class Output(io.TextIOWrapper):
-    """A stream whose reader may go away, as a closed terminal or a `tee` that Ctrl-C ends: a run goes on, or saves."""
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            super().write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            super().flush()
-
-
 @contextlib.contextmanager
 def note_signals() -> Iterator[list[int]]:
     """Within this block the first SIGINT, SIGTERM or SIGHUP is only noted, in the list; a second one ends the process."""
@@ -1017,8 +1017,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    for name in ("stdout", "stderr"):  # None if it is closed
-        stream = getattr(sys, name)
-        buffer, encoding = (stream.buffer, stream.encoding) if stream else (open(os.devnull, "wb"), "utf-8")
-        setattr(sys, name, Output(buffer, encoding, "backslashreplace", line_buffering=True))
+    robust_output()
     main()
