@@ -474,10 +474,8 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.resume and args.out and file.exists():
         older = {"embeddings_lr_ratio": 1.0, "norms_lr_ratio": 1.0, "residual": False, "scale": 1.0}
         saved = older | read_json(file)  # runs that are older than these flags have none
-        unknown = saved.keys() - vars(args).keys()
-        if unknown or not saved.keys() > {"ckpt", "data", "lr"}:
-            problem = f"has unknown settings, {', '.join(sorted(unknown))}" if unknown else "damaged"
-            raise InputError(f"{file}: {problem}; the checkpoints beside it are still usable")
+        if not {"ckpt", "data", "lr"} < saved.keys() <= vars(args).keys():
+            raise InputError(f"{file}: damaged, or of a newer train.py; the checkpoints beside it are still usable")
         begun_with = argparse.Namespace(**saved | {"resume": True, "out": args.out, "epochs": None, "steps": None})
         args = parser.parse_args(namespace=begun_with)  # which flags that are given override
         for name in saved.keys() - MAY_CHANGE:
@@ -488,10 +486,7 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
         if not args.epochs:  # given --epochs take the place of the --steps it was begun with
             args.epochs, args.steps = saved.get("epochs", 1), args.steps or saved.get("steps")
     elif args.resume and not (args.out and args.data):  # with both it is one that was killed before it had begun
-        where = (
-            f"no run has begun in --out {args.out}; start one with its flags, or name" if args.out else "give by --out"
-        )
-        raise InputError(f"--resume: {where} the folder of a run")
+        raise InputError("--resume: give by --out the folder of a run that has begun, or the flags to begin one with")
     return decide_settings(args, read_config(args))  # also of flags that are younger than the run
 
 
