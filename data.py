@@ -37,7 +37,7 @@ TINY = Path(__file__).parent / "tiny"  # the embedded default: a small checkpoin
 
 class Record(NamedTuple):
     """One example: turns of (prompt, completion), or plain text as the completion of an empty prompt. A multiple-choice
-    record also has its `choices`, the possible completions; that of its turn is right."""
+    record also has its `choices`, the possible completions, of which that of its turn is right."""
 
     turns: list[tuple[str, str]]
     choices: Sequence[str] = ()
@@ -57,7 +57,8 @@ def parse_record(record: object) -> Record:
     match record:
         case {"instruction": instruction, "output": output}:  # Alpaca and commonsense-170k
             context = "" if record.get("input") is None else record["input"]
-            prompt, output = alpaca_prompt(as_text(instruction), as_text(context)), as_text(output)
+            prompt = system_prompt(record) + alpaca_prompt(as_text(instruction), as_text(context))
+            output = as_text(output)
             options = re.search(r"Answer format: *(\S+)\s*$", instruction)
             names = [name for name in options[1].split("/") if name] if options else []
             if (answer := record.get("answer")) in names and len(set(names)) > 1 and output.endswith(answer):
@@ -76,17 +77,22 @@ def parse_record(record: object) -> Record:
         case {"question": question, "answer": answer}:
             return parse_record(record | {"prompt": alpaca_prompt(as_text(question)), "completion": answer})
         case {"messages": messages} | {"conversations": messages}:
-            system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-            return Record(parse_messages(system + messages if isinstance(messages, list) else messages))
+            return Record(parse_messages(messages, system_prompt(record)))
         case {"text": content}:
             return Record([("", as_text(content))], plain=True)
     raise ValueError(f"unknown record {json.dumps(record)[:60]}; known: instruction + output, input + output, prompt + "
                      "completion, prompt + choices + answer, question + answer, messages, conversations, text")  # fmt: skip
 
 
-def parse_messages(messages: object) -> list[tuple[str, str]]:
-    """Turns of a conversation: what precedes an assistant's message is its prompt, under Alpaca's headings."""
-    turns, prompt = [], ""
+def system_prompt(record: dict) -> str:
+    """What a record tells the model first, if it has a "system" beside its other fields."""
+    return as_text(record["system"]) + "\n\n" if record.get("system") else ""
+
+
+def parse_messages(messages: object, prompt: str = "") -> list[tuple[str, str]]:
+    """Turns of a conversation: what precedes an assistant's message is its prompt, under Alpaca's headings. prompt: what
+    precedes them all."""
+    turns = []
     for message in messages if isinstance(messages, list) else [None]:
         match message:
             case {"role": "system", "content": content} | {"from": "system", "value": content}:
@@ -231,7 +237,7 @@ class HuggingFaceTokenizer(Tokenizer):
             token = settings.get(key, config.get(f"{key}_id"))
             token = token.get("content") if isinstance(token, dict) else token
             token = token[0] if isinstance(token, list) and token else token  # chat models may end in one of several
-            id = self.model.token_to_id(token) if isinstance(token, str) else -1 if token is None else token
+            id = -1 if token in (None, "") else self.model.token_to_id(token) if isinstance(token, str) else token
             if type(id) is not int or not -1 <= id < self.vocab_size:
                 raise ValueError(f"its {key} is not one of its tokens")
             ids.append(id)
@@ -311,7 +317,7 @@ class Dataset:
     """Rows of token ids, at most seq_len + 1, for seq_len predictions. ids: int32 [tokens], context complemented. rows:
     int64 [N, 2], where each begins and ends. groups: the rows that count as one row of a step, each by itself
     unless they are packed. records: the multiple-choice ones, for accuracy. prompts_cut, completions_cut: of how many
-    rows these are not whole, as they are too long. Raises InputError if there are no two tokens in a row."""
+    rows these are not whole, as they are too long. Raises InputError if there is nothing to learn."""
 
     def __init__(self, records: list[Record], tokenizer: Tokenizer, seq_len: int):
         rows, texts, cut = [], [], np.zeros(2, dtype=int)
@@ -334,10 +340,8 @@ class Dataset:
         if not spans:
             raise InputError("--data: too short: not two tokens of text in a row")
         self.rows, self.groups = np.array(spans), [[n] for n in range(len(spans))]
-        told = self.ids >= 0
-        told[self.rows[:, 0]] = False  # what comes first in a row nothing predicts
-        if not told.any():
-            raise InputError("--data, --val-data: holds no token to learn, as this tokenizer reads it")
+        if not any((row[1:] >= 0).any() for row in self):
+            raise InputError("--data or --val-data: with this tokenizer no row has a token to learn")
         self.records = [record for record in records if record.choices]
         self.prompts_cut, self.completions_cut = cut.tolist()
 
@@ -500,7 +504,7 @@ def parse_json(path: Path) -> list[tuple[int, object]]:
         try:
             value, end = json.JSONDecoder().raw_decode(text, begin)
         except (ValueError, RecursionError) as error:
-            plain = "; name plain text .txt" * (path.suffix not in (".json", ".jsonl"))
+            plain = "; if it is plain text, name it .txt" * (path.suffix.lower() not in (".json", ".jsonl"))
             raise InputError(f"{path}: the JSON that begins on line {line} cannot be read: {error}{plain}") from None
         values.append((line, value))
     return values
@@ -541,27 +545,6 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
             file.write(content)
 
 
-class Output(io.TextIOWrapper):
-    """A stream whose reader may go away, as a closed terminal or a `tee` that Ctrl-C ends: a run goes on, or saves."""
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            super().write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            super().flush()
-
-
-def robust_output() -> None:
-    """Have printing never fail: not in a terminal that knows fewer characters, nor in one that is closed."""
-    for name in ("stdout", "stderr"):  # None if it was closed from the beginning
-        stream = getattr(sys, name)
-        buffer, encoding = (stream.buffer, stream.encoding) if stream else (open(os.devnull, "wb"), "utf-8")
-        setattr(sys, name, Output(buffer, encoding, "backslashreplace", line_buffering=True))
-
-
 def at_least(least: float, kind: type = int, most: float = 2**31 - 1) -> Callable[[str], float]:
     """An argparse type: a number within these bounds, which neither nan nor infinity is."""
 
@@ -577,6 +560,9 @@ def at_least(least: float, kind: type = int, most: float = 2**31 - 1) -> Callabl
 
 def command(parser: argparse.ArgumentParser, body: Callable[[], None]) -> None:
     """Run a command. What a user can mend ends it with one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
         body()

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import FOREIGN, InputError, Layout, Tokenizer, alpaca_prompt, at_least, atomic_write, command, copy_tokenizer
-from data import load_tokenizer, read_json, robust_output
+from data import load_tokenizer, read_json
 from owlore import Linear, own, own_rows, whole
 
 
@@ -390,8 +390,6 @@ def stream(model: Transformer, tokens: Tensor, max_new_tokens: int, temperature:
     for _ in range(max_new_tokens):
         with torch.no_grad():  # entered at each step: a generator must not leave it set for its caller
             logits = model.output(model.hidden(tokens, cache=cache)[:, -1]).float()  # [B, V]
-            if not logits.isfinite().all():
-                raise InputError("the model's output is not finite: its weights are damaged, or not for this dtype")
             if temperature < 1e-6:
                 tokens = logits.argmax(1, keepdim=True)
             else:
@@ -488,21 +486,21 @@ def read_hf_config(file: Path) -> dict:
     Raises InputError for other models than LLaMA's and Mistral's."""
     config = read_json(file)
     # transformers 4 spells these at the top level, transformers 5 inside rope_parameters
-    ropes = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)] or [{}]
-    ropes = [{"rope_type": r.get("type", "default")} | r if isinstance(r, dict) else {"rope_type": r} for r in ropes]
-    rope = ropes[0]
-    if any(rope.get(key) != value for key, value in ropes[-1].items() if key != "type"):
-        raise InputError(
-            f"{file}: rope_parameters and rope_scaling contradict each other; remove the one that is wrong"
-        )
+    given = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)]
+    given = [{"rope_type": rope.get("type", "default")} | rope if isinstance(rope, dict) else {"rope_type": rope}
+             for rope in given or [{}]]  # fmt: skip
+    rope = given[0]
+    said = given[-1] | {key: config[key] for key in ("rope_theta",) if key in config}
     config = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"} | config | rope
     supported = {"model_type": ("llama", "mistral"), "hidden_act": ("silu",), "rope_type": ("default", "llama3")}
     supported |= dict.fromkeys(("attention_bias", "mlp_bias", "quantization_config"), (None, False))
     for key, values in supported.items():
         if config.get(key) not in values:
             raise InputError(
-                f"{file}: {key} {config.get(key)!r:.60} is not supported, but {' or '.join(map(str, values))}"
+                f"{file}: {key} {config.get(key)!r:.60} is not supported, only {' or '.join(map(str, values))}"
             )
+    if any(rope.get(key, value) != value for key, value in said.items() if key != "type"):
+        raise InputError(f"{file}: what it says of rope in several places is not the same; remove what is wrong")
     if config["model_type"] == "llama":
         config.pop("sliding_window", None)
     params = {field: config[key] for field, key in HF_KEYS.items() if key in config}
@@ -733,7 +731,9 @@ def main() -> None:
 
 def export_or_continue(args: argparse.Namespace) -> None:
     """Save the checkpoint in Hugging Face's layout, or print the prompt and stream what the model says next."""
-    if args.export is not None:
+    if args.export == "":
+        raise InputError("--export: name a folder")
+    if args.export:
         if any(Path(args.export).glob("*.safetensors")):
             raise InputError(f"--export {args.export}: holds a checkpoint already; choose another folder")
         save_model(load_model(args.ckpt, dtype=FLAG_DTYPES.get(args.dtype)), args.export, "hf")
@@ -742,14 +742,18 @@ def export_or_continue(args: argparse.Namespace) -> None:
     model, tokenizer = load(args.ckpt, args)
     torch.manual_seed(args.seed)
     ids = tokenizer.encode(alpaca_prompt(args.prompt) if args.instruct else args.prompt, bos=True)
-    room = model.config.max_seq_len - len(ids)
     if not ids:
         raise InputError("--prompt: give one, as this tokenizer has no BOS token to begin with")
+    tokens = torch.tensor([ids], device=args.device)
+    with torch.no_grad():
+        finite = model(tokens[:, -1:]).isfinite().all()
+    if not finite:
+        raise InputError(f"{args.ckpt}: what the model computes is not finite: damaged weights, or not for its dtype")
+    room = model.config.max_seq_len - len(ids)
     if room < 1:
         raise InputError(f"--prompt: {len(ids)} tokens leave no room in the context of {model.config.max_seq_len}")
     shown = tokenizer.decode(ids)
     print(shown, end="", flush=True)
-    tokens = torch.tensor([ids], device=args.device)
     for token in stream(model, tokens, min(args.max_new_tokens, room), args.temperature, args.top_p):
         if token.item() == tokenizer.eos_id:
             break
@@ -762,5 +766,4 @@ def export_or_continue(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    robust_output()
     main()

@@ -48,7 +48,7 @@ def outlier_distribution(
     outliers at all. Raises ValueError for a layer without a linear that runs, or without finite scores."""
     linears = [find_linears(layer) for layer in layers]
     dtypes = {linear.weight.dtype for linear in sum(linears, [])}
-    # A weight of one byte has a scale beside it, of which nn.Linear knows nothing.
+    # An fp8 weight, of one byte, has a scale beside it that nn.Linear does not know of.
     if not linears or not all(linears) or not all(t.is_floating_point and t.itemsize > 1 for t in dtypes):
         raise ValueError("outlier_distribution needs layers with an nn.Linear each, its weights float, not quantized")
     width = linears[0][0].in_features
@@ -117,7 +117,7 @@ def hill_alpha(weight: Tensor) -> float:
     zeros). 1 if e_{n-k} is zero to the precision of fp32: no tail is heavier; inf if there is no tail, as of the
     identity. Raises ValueError below 2 x 2, and if W is not finite."""
     if weight.dim() != 2 or min(weight.shape) < 2 or not weight.isfinite().all():
-        raise ValueError(f"hill_alpha needs a finite matrix of at least 2 x 2, not one of {list(weight.shape)}")
+        raise ValueError(f"hill_alpha needs a matrix of at least 2 x 2, all finite, not this {list(weight.shape)}")
     s = torch.linalg.svdvals(weight.float()).double()  # sqrt(e), the largest first
     k = len(s) // 2
     if s[k] <= s[0] * max(weight.shape) * torch.finfo(torch.float32).eps:
@@ -182,13 +182,15 @@ class LayerSampler:
         return self.drawn
 
     def activate(self, drawn: list[int]) -> None:
-        """Freeze all layers but these. A frozen layer keeps no gradient. Raises RuntimeError if the layers have more to
-        train than when the sampler was made."""
-        self.drawn = drawn
-        trainable = [[layer.get_parameter(name) for name in names] for layer, names in zip(self.layers, self.trainable)]
+        """Freeze all layers but these. A frozen layer keeps no gradient. Raises RuntimeError if the layers have other
+        parameters to train than when the sampler was made."""
+        layers = [dict(layer.named_parameters()) for layer in self.layers]
+        trainable = [[layer.get(name) for name in names] for layer, names in zip(layers, self.trainable)]
         takes_turns, active = set(sum(trainable, [])), {p for index in drawn for p in trainable[index]}
-        if not all(p in takes_turns for layer in self.layers for p in layer.parameters() if p.requires_grad):
-            raise RuntimeError("a layer has new parameters to train: make the sampler after whatever adds them")
+        requiring = {p for layer in layers for p in layer.values() if p.requires_grad}
+        if None in takes_turns or not requiring <= takes_turns:
+            raise RuntimeError("layers have other parameters to train now: make the sampler after what changes them")
+        self.drawn = drawn
         for p in takes_turns:  # layers may share some
             p.requires_grad_(p in active)
             p.grad = p.grad if p in active else None
@@ -235,9 +237,9 @@ class ProjectedAdam(torch.optim.Optimizer):
     norm of it all grows by 1 % at most. |N_i| is that of the step before (sqrt(rank) in the first), so it need not wait
     for N.
 
-    A matrix whose gradient is zero or not finite when a new P is due stays as it is, and P stays due. A step that is
-    not taken changes nothing, but after a backward pass that projects: there the residual has moved W already, and a
-    new P has turned the first moment.
+    A matrix whose gradient is zero or not finite when a new P is due stays as it is, and P stays due. Whoever skips
+    `step` leaves everything as it was, but with in_backward: then the residual has moved W already, and a new P has
+    turned the first moment.
 
     It is used like any optimizer: p.grad holds G until `step`. in_backward: project in the backward pass instead, which
     saves the gradients' memory (part 4). svd: "randomized" or "exact". Raises ValueError for settings out of range, and
@@ -393,10 +395,11 @@ class ProjectedAdam(torch.optim.Optimizer):
         if svd not in ("randomized", "exact"):
             raise ValueError(f"svd {svd!r} is not randomized or exact")
         if rank is not None and not group["params"]:
-            raise ValueError("a group with a rank has no parameters: were matrices looked for where there are none?")
-        for name in ("maximize", "amsgrad", "update_proj_gap"):  # torch.optim.AdamW's; GaLore's name of update_gap
-            if group.get(name):
-                raise ValueError(f"{name} is not supported; the steps between two projections are update_gap")
+            raise ValueError("a group with a rank has no parameters: no matrices were found for it")
+        if "update_proj_gap" in group:
+            raise ValueError("GaLore's update_proj_gap is called update_gap here")
+        if group.get("maximize") or group.get("amsgrad"):
+            raise ValueError("AdamW's maximize and amsgrad are not supported")
         for p in group["params"]:
             if rank is not None and p.dim() != 2:
                 raise ValueError(f"only matrices can be projected, not a parameter of shape {list(p.shape)}")
@@ -441,8 +444,8 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take over a `state_dict()` bit for bit, or for plain groups torch.optim.AdamW's. Raises ValueError if a group
-        is projected here and plain there, or the other way round, and for the state of other optimizers. (What
-        torch.distributed.checkpoint flattens it unflattens only into P and moments that are there already.)"""
+        is projected here and plain there, or the other way round, and for other entries than Adam's. (What
+        torch.distributed.checkpoint has flattened it loads only where P and moments are there: take a step first.)"""
         loaded: dict = {}
 
         def groups_only(_: ProjectedAdam, state_dict: dict) -> dict:  # torch would cast fp32 moments to bf16 weights'
@@ -460,9 +463,8 @@ class ProjectedAdam(torch.optim.Optimizer):
             return {**loaded, "state": {}}
 
         def state_too(_: ProjectedAdam) -> None:
-            ids = (
-                id for group in loaded["param_groups"] for id in group["params"]
-            )  # names, if torch.distributed saved
+            # Numbers, or names if torch.distributed.checkpoint saved them
+            ids = (id for group in loaded["param_groups"] for id in group["params"])
             for id, p in zip(ids, [p for group in self.param_groups for p in group["params"]]):
                 for key, value in loaded["state"].get(id, {}).items():
                     if key == "step":
@@ -591,9 +593,8 @@ def projection_basis(gradient: Tensor, rank: int, svd: str = "randomized") -> Te
     torch.linalg.LinAlgError if G is not finite or a decomposition fails."""
     G = gradient if is_tall(gradient) else gradient.T  # [larger, n]: P spans its rows
     n, width = G.shape[1], max(8, rank // 4)
-    k = (
-        9 * width
-    )  # nine blocks, each a quarter of the rank wide (or 8): together about 2.25 times as wide as P, or more
+    # Nine blocks, each a quarter of the rank wide (or 8): together about 2.25 times as wide as P, or more
+    k = 9 * width
     low, high = torch.aminmax(gradient)
     size = torch.maximum(-low, high).item() or 1.0  # the largest magnitude in G; inf or nan if not all of it is finite
     # A small one is quick to do exactly, and then the last directions do not hang on the rounding errors of G.
@@ -841,7 +842,7 @@ def rows_of(p: Tensor) -> slice:
 
 def own_rows(x: Tensor, p: Tensor) -> Tensor:
     """The rows of x that this process holds of p. x has all rows, or just these; ValueError if it has neither."""
-    if not is_sharded(p) or x.shape == own(p).shape:
+    if x.shape == own(p).shape:
         return x
     if x.shape != p.shape:
         raise ValueError(f"{list(x.shape)} is neither all of {list(p.shape)} nor this process's part of it")
@@ -880,8 +881,6 @@ def compute_device(p: Tensor) -> torch.device:
 
 
 if __name__ == "__main__":
-    from data import robust_output  # the command needs the files beside this one, the method does not
-    from train import show_layers
+    from train import show_layers  # the command needs the files beside this one, the method does not
 
-    robust_output()
     show_layers()

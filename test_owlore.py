@@ -593,7 +593,8 @@ BAD_CHECKPOINTS = {
     "other architecture": (lambda p: to_hf(p, model_type="gpt2"), "gpt2"),
     "other rope": (lambda p: to_hf(p, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "yarn"),
     "rope of another type": (lambda p: to_hf(p, rope_parameters=["llama3"]), "rope_type"),
-    "two ropes": (lambda p: to_hf(p, rope_scaling={"type": "linear", "factor": 4.0}), "contradict"),
+    "two thetas": (lambda p: to_hf(p, rope_theta=7e5), "rope"),
+    "two ropes": (lambda p: to_hf(p, rope_scaling={"type": "linear", "factor": 4.0}), "rope"),
     "attention bias": (lambda p: to_hf(p, attention_bias=True), "attention_bias"),
 }  # fmt: skip
 
@@ -829,6 +830,7 @@ def test_alpaca_arc_and_chat_records():
     assert (second, ciao) == ("### Instruction:\nbye\n\n### Response:\n", "ciao")
     apart = parse_record({"conversations": CHAT["messages"][1:], "system": "be kind"})
     assert apart == parse_record(CHAT)
+    assert parse_record({"instruction": "a", "output": "b", "system": "c"}).turns[0][0].startswith("c\n\nBelow")
     assert not parse_record(ARC | {"instruction": "Answer format: answer2"}).choices  # nothing to choose from
 
 
@@ -987,6 +989,7 @@ def test_tokenizer_json_encodes_as_transformers_does(tokenizer_json):
     [
         ({"bos_token": None, "eos_token": "<|end|>"}, {"bos_token_id": 0, "eos_token_id": 2}, (-1, 1)),
         ({}, {"bos_token_id": 0, "eos_token_id": [2, 1]}, (0, 2)),
+        ({"bos_token": ""}, {"bos_token_id": 0, "eos_token_id": 1}, (-1, 1)),
         (None, {"eos_token_id": None}, (-1, -1)),
         (None, None, (-1, -1)),
     ],
@@ -1093,7 +1096,7 @@ def test_data_without_a_token_to_learn_is_refused():
         def encode(self, text, bos=True, eos=False):
             return super().encode(text, bos=False, eos=False)
 
-    with pytest.raises(InputError, match="no token to learn"):
+    with pytest.raises(InputError, match="no row has a token to learn"):
         Dataset([parse_record({"prompt": "", "completion": "a"})] * 3, Bare(), 9)
     assert len(Dataset([parse_record({"prompt": "", "completion": "xy"})], Bare(), 9).rows) == 1
 
@@ -1428,7 +1431,7 @@ def test_the_sampler_finds_parameters_that_were_replaced_and_refuses_new_ones():
         layer.weight = nn.Parameter(layer.weight.detach().clone())
     assert sampler.resample() == [1] and [layer.weight.requires_grad for layer in layers] == [False, True, False]
     layers[2].adapter = nn.Linear(2, 2)  # as peft does
-    with pytest.raises(RuntimeError, match="new parameters"):
+    with pytest.raises(RuntimeError, match="other parameters"):
         sampler.resample()
 
 
@@ -1647,6 +1650,16 @@ def test_randomized_basis_is_orthonormal_and_captures_what_the_exact_one_does(ki
         best = torch.linalg.svdvals(tall)[:8].square().sum()
         # fp32 products of 400 terms; TF32 has 2^-11 a product, whose square is lost of the energy, times a few
         assert (tall @ P.double()).square().sum() >= (1 - (1e-4 if tf32 else 1e-5)) * best
+
+
+def test_randomized_basis_whatever_the_default_dtype():
+    G = torch.randn(400, 300, generator=torch.Generator().manual_seed(0))
+    expected = projection_basis(G, 5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(projection_basis(G, 5), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_randomized_basis_keeps_998_of_1000_parts_of_a_slowly_falling_spectrum():
@@ -2012,6 +2025,10 @@ def test_a_state_that_does_not_fit_the_groups_is_refused():
         with pytest.raises(ValueError, match="rank"):
             here.load_state_dict(there.state_dict())
 
+    saved = plain.state_dict()
+    saved["state"][0]["exp_avg"] = torch.ones(3)
+    with pytest.raises(ValueError, match="neither all of"):
+        plain.load_state_dict(saved)
     sgd = torch.optim.SGD(matrices, lr=0.02, momentum=0.9)
     train_net(net, sgd, 1)
     with pytest.raises(ValueError, match="momentum_buffer"):
@@ -2294,6 +2311,16 @@ def test_micro_batches_give_the_weights_of_the_whole_batch(kind, parts):
             optimizer.step()
         results.append(weights_of(net))
     assert_close(*results)
+
+
+def test_a_gradient_that_somebody_takes_away_in_the_backward_pass_is_left_alone():
+    linear = nn.Linear(6, 4, bias=False)
+    before = linear.weight.detach().clone()
+    linear.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # as LOMO does
+    optimizer = ProjectedAdam([{"params": linear.parameters(), "rank": 2}], lr=0.1, in_backward=True)
+    linear(torch.ones(3, 6)).sum().backward()
+    optimizer.step()
+    assert linear.weight.grad is None and torch.equal(linear.weight, before)
 
 
 def test_more_backward_passes_than_announced_are_refused():
@@ -3397,7 +3424,13 @@ def test_other_validation_data_on_resume_is_measured_anew(base, checkpoint, json
     out, other = tmp_path / "run", tmp_path / "other.jsonl"
     other.write_text('{"prompt": "a", "completion": " \u65e5\u672c"}')
     train_run(f"{base} --steps 4 --val-data {jsonl} --out {out}")
-    train_run(f"--resume --out {out} --steps 8 --val-data {other}")
+    (path,) = out.glob("checkpoints/*/state/state.pt")
+    torch.save(torch.load(path) | {"limit": 0.1}, path)
+    (path.parent.parent / "checksums.json").write_text(json.dumps(train.checksums(path.parent.parent)))
+    code, _, error = cli(f"--resume --out {out} --steps 8")
+    assert code == 2 and "diverged" in error
+    code, text, error = cli(f"--resume --out {out} --steps 8 --val-data {other}")
+    assert code == 0 and "step 4: validation loss" in text and "before" not in text, error
     rows = read_metrics(out)
     begun = [row for row in rows if row["step"] == 4 and "val_loss" in row]
     assert len(begun) == 2 and begun[1]["val_loss"] != begun[0]["val_loss"]
@@ -3405,16 +3438,18 @@ def test_other_validation_data_on_resume_is_measured_anew(base, checkpoint, json
     assert code == 0 and f"{rows[-1]['val_loss']:.4f}" in text
 
 
-def test_a_checkpoint_that_was_removed_gives_back_its_room(base, tmp_path, monkeypatch):
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux shows what is mapped")
+@pytest.mark.parametrize("flags", ["--active 1", "--method lora"])
+def test_a_checkpoint_that_was_removed_gives_back_its_room(flags, base, tmp_path, monkeypatch):
     """What a run was resumed from is not mapped any more when it is gone."""
     out, maps, save = tmp_path / "run", [], train.save_checkpoint
-    train_run(f"{base} --steps 2 --active 1 --keep 1 --out {out}")
+    train_run(f"{base} --steps 2 {flags} --keep 1 --out {out}")
 
-    def look_and_save(*args):
+    def save_and_look(*args):
         save(*args)
         maps.append(Path("/proc/self/maps").read_text())
 
-    monkeypatch.setattr(train, "save_checkpoint", look_and_save)
+    monkeypatch.setattr(train, "save_checkpoint", save_and_look)
     train_run(f"--resume --out {out} --steps 4")
     assert len(maps) == 1 and str(out) not in maps[0]
 
@@ -3646,15 +3681,23 @@ def test_export_is_a_copy_in_hugging_faces_layout(layout, tmp_path):
     assert_same_model(out, model)
     assert load_tokenizer(out).encode("a b") == load_tokenizer(TINY).encode("a b")
     before = snapshot(out)
+    assert_refused(cli(f"--ckpt {TINY} --export ''", model_module.main), "name a folder")
     assert_refused(cli(f"--ckpt {TINY} --export {out}", model_module.main), "holds a checkpoint")
     assert snapshot(out) == before
 
 
 def test_weights_that_are_not_finite_are_told(checkpoint, jsonl):
     edit_tensors(checkpoint, norm__weight=torch.full((64,), math.nan))
-    assert_refused(cli(f"--ckpt {checkpoint} --val-data {jsonl} --eval-only"), "loss is nan")
+    assert_refused(cli(f"--ckpt {checkpoint} --val-data {jsonl} --eval-only"), "loss before training is nan")
     for flags in ("", "--temperature 1"):
         assert_refused(cli(f"--ckpt {checkpoint} --prompt hi {flags}", model_module.main), "not finite")
+
+
+@pytest.mark.parametrize("command", ["model.py --prompt \u00e9 --max-new-tokens 1", "owlore.py --data {data}"])
+def test_a_terminal_that_knows_only_ascii_is_enough(command, checkpoint, jsonl):
+    command = [sys.executable, *command.format(data=jsonl).split(), "--ckpt", checkpoint, "--device", "cpu"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, cwd=TINY.parent)
+    assert done.returncode == 0 and b"\\" in done.stdout, done.stderr
 
 
 def test_a_tokenizer_without_bos_needs_a_prompt(checkpoint, monkeypatch):

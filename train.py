@@ -21,6 +21,7 @@ if __name__ == "__main__":  # already here, as importing torch takes its seconds
 import argparse
 import contextlib
 import fcntl
+import io
 import itertools
 import json
 import math
@@ -45,8 +46,7 @@ from tqdm import tqdm
 
 import owlore
 from data import TINY, Dataset, InputError, at_least, atomic_write, build_validation
-from data import command, common_beginning, copy_tokenizer, grouped, lay_out, load_records, read_json, robust_output
-from data import split_records
+from data import command, common_beginning, copy_tokenizer, grouped, lay_out, load_records, read_json, split_records
 from model import CHUNK, ModelConfig, Transformer, add_lora, load, read_checkpoint, require_device, save_model
 from owlore import LayerSampler, ProjectedAdam, outlier_distribution, sampling_probabilities
 
@@ -91,12 +91,10 @@ def run(args: argparse.Namespace) -> None:
     state = load_state(Path(args.out)) if args.resume else {}
     model, data, validation = load_inputs(args, state)
     if args.eval_only:
-        result = evaluate(model, validation, args)
-        if not math.isfinite(result["val_loss"]):
-            raise InputError(f"{args.ckpt}: the loss is {result['val_loss']}: damaged weights, or not for {args.dtype}")
+        result = require_finite(evaluate(model, validation, args), args.ckpt, args)
         return print(f"{args.ckpt} on {args.val_data or args.data}: {describe(result)}")
     steps = planned_steps(data, args, state)
-    require_room(model, args, steps)
+    require_room(model, args, steps, state.get("step", 0))
     lock = lock or (None if rank() else claim(args))  # before what takes long
     sampler = outliers = None
     if args.sampling and args.active < len(model.layers):
@@ -114,12 +112,14 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {args.device}, {args.dtype}{shared}")
 
     step, skipped, bad = state.get("step", 0), state.get("skipped", 0), 0
-    before, after, limit = map(state.get, ("before", "after", "limit"))
+    before, after, limit, measured = map(state.get, ("before", "after", "limit", "measured"))  # measured: at which step
     checksum = zlib.crc32(validation.ids)
     begins = not state or state.get("validation", checksum) != checksum  # or goes on with other --val-data
     if begins:
-        before, limit = evaluate(model, validation, args), None
-        after = before  # the latest
+        before = evaluate(model, validation, args)
+        require_finite(before, Path(args.out) / "model" if state else args.ckpt, args)
+        after, limit, measured = before, None, step  # after: the latest
+    if not state:
         comment(before["val_loss"], model.config.vocab_size, args)
     text = "{desc} {bar} {n_fmt}/{total_fmt} {remaining}"  # what stands last is cut off on a narrow screen
     with (
@@ -160,16 +160,16 @@ def run(args: argparse.Namespace) -> None:
             if step == steps or stopping or lost or (due and not bad):
                 require_health(model, validation, limit, bad * lost, args, out)
                 now = {"step": step, "steps": steps, "skipped": skipped, "limit": limit, "before": before,
-                       "after": after, "outliers": outliers, "data": zlib.crc32(data.ids), "validation": checksum,
-                       "logged": metrics.tell(),
-                       **training_state(model, optimizer, sampler)}  # fmt: skip
+                       "after": after, "measured": measured, "outliers": outliers, "logged": metrics.tell(),
+                       "data": zlib.crc32(data.ids), "validation": checksum, **training_state(model, optimizer, sampler)}  # fmt: skip
                 began = time.perf_counter()
                 save_checkpoint(out, args, model, now)
                 save_at = time.perf_counter() + max(SAVE_SECONDS, (time.perf_counter() - began) / SAVE_SHARE)
     if step < steps:
         print(f"stopped at step {step} of {steps}; to go on: {resume_command(out)}")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
-    print(f"\nbefore: {describe(before)}\nafter:  {describe(after)}\nsaved:  {out / 'model'}")
+    began = f"step {measured}" if measured else "before"
+    print(f"\n{began}: {describe(before)}\nafter:  {describe(after)}\nsaved:  {out / 'model'}")
 
 
 def training_step(model: Transformer, optimizer: ProjectedAdam, batches: list, max_norm: float) -> tuple[float, float]:
@@ -469,7 +469,7 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
     begun with. Raises InputError if they disagree."""
     args = parser.parse_args()
     if args.resume and args.eval_only:
-        raise InputError("--eval-only: evaluates what --ckpt says, RUN/model for instance; leave out --resume")
+        raise InputError("--eval-only: evaluates the checkpoint in --ckpt (a run's is RUN/model); leave out --resume")
     file = Path(args.out or "") / "args.json"
     if args.resume and args.out and file.exists():
         older = {"embeddings_lr_ratio": 1.0, "norms_lr_ratio": 1.0, "residual": False, "scale": 1.0}
@@ -552,9 +552,12 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     require(method.projection and args.rank or not args.residual, "--residual: no layer is projected; leave it out")
     require(args.rank or plain, "--rank 0 is owlore without projection; give another, or leave it out")
     projected = method.projection and args.rank or args.embeddings == "projected"
-    used = {"rank": projected or lora or not args.rank, "scale": projected, "update_gap": projected, "svd": projected}
-    used["threshold"] = args.sampling and args.active < config.n_layers
-    for name in (name for name, needed in used.items() if name in typed and not needed):
+    has_effect = dict.fromkeys(("rank", "scale", "update_gap", "svd"), projected)
+    has_effect |= {
+        "rank": projected or lora or not args.rank,
+        "threshold": args.sampling and args.active < config.n_layers,
+    }
+    for name in (name for name in typed if not has_effect.get(name, True)):
         why = "no layers are drawn" if name == "threshold" else "nothing is projected"
         warnings.warn(f"--{name.replace('_', '-')} has no effect: {why}", stacklevel=2)
     limits = {"seq_len": (config.max_seq_len, "context is"), "active": (config.n_layers, "layers are")}
@@ -707,12 +710,12 @@ def kept(out: Path) -> str:
     return f"{latest.resolve().name} is kept" if latest.exists() else "nothing had been saved before"
 
 
-def require_room(model: Transformer, args: argparse.Namespace, steps: int) -> None:
+def require_room(model: Transformer, args: argparse.Namespace, steps: int, done: int) -> None:
     """Raise InputError if the disk has no room for the checkpoints that a run will have at a time."""
     size, out = checkpoint_size(model, args), Path(args.out or "runs").absolute()
+    there, every = len(list(out.glob(f"checkpoints/{STEP}"))), args.save_every or 1
     # One is written before another is removed.
-    count = min(args.keep + 1, math.ceil(steps / (args.save_every or 1)))
-    count = max(1, count - len(list(out.glob(f"checkpoints/{STEP}"))))
+    count = max(1, min(args.keep + 1 - there, math.ceil(steps / every) - done // every))
     free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
     if count * size > free:
         raise InputError(f"--out {args.out or 'runs'}: {count} checkpoint(s) take {in_words(count * size)} there, "
@@ -739,8 +742,8 @@ def require_health(
     problem = problem or ("" if loss <= limit else f"the loss is {loss:.4g}")
     problem = problem or bad and f"in {bad} steps in a row loss or gradients were not finite, or the loss was far above"
     if problem:
-        raise InputError(f"diverged: {problem}, where {limit:.4g} is far above that before training; begin anew with a "
-                         f"smaller --lr than {args.lr:.3g}; {kept(out)}")  # fmt: skip
+        raise InputError(f"diverged: {problem} (more than {limit:.4g} is far above the loss before training); begin anew "
+                         f"with a smaller --lr than {args.lr:.3g}; {kept(out)}")  # fmt: skip
 
 
 def load_state(out: Path) -> dict:
@@ -794,9 +797,8 @@ def training_state(model: Transformer, optimizer: ProjectedAdam, sampler: LayerS
 
 def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> None:
     """Go on where a checkpoint's state was taken."""
-    optimizer.load_state_dict(
-        state.pop("optimizer")
-    )  # let go of: while it is mapped, a file takes room when it is gone
+    # Popped: what is mapped keeps its room on the disk when the checkpoint is removed.
+    optimizer.load_state_dict(state.pop("optimizer"))
     for name, value in state.pop("adapters").items():
         p = model.get_parameter(name).detach()
         owlore.own(p).copy_(owlore.own_rows(value, p))
@@ -825,8 +827,8 @@ def load_inputs(args: argparse.Namespace, state: dict) -> tuple[Transformer, Dat
     validation = build_validation(held_out, tokenizer, args.seq_len)
     data = None if args.eval_only else Dataset(records, tokenizer, args.seq_len)
     if data and state and state["data"] != zlib.crc32(data.ids):
-        raise InputError("--data: what of it is trained on is not what this run was reading; put the old file back, and "
-                         "leave out --val-data if a part of it was held out")  # fmt: skip
+        raise InputError("--data: the training records are not those that this run was reading; put the old file back, "
+                         "and leave out --val-data if the run began without it")  # fmt: skip
     if args.pack and data:
         data.groups = data.packed(args.seq_len, args.seed)
     for name, dataset in ((args.data, data), (args.val_data or "held-out part", validation)):
@@ -920,10 +922,15 @@ def in_words(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 100 else f"{size / 2**20:.2f} MiB"
 
 
+def require_finite(result: dict, weights: str | Path, args: argparse.Namespace) -> dict:
+    """An evaluation, if its loss is finite. Raises InputError if it is not."""
+    if not math.isfinite(loss := result["val_loss"]):
+        raise InputError(f"{weights}: the loss before training is {loss}: damaged weights, or not for {args.dtype}")
+    return result
+
+
 def comment(loss: float, vocab_size: int, args: argparse.Namespace) -> None:
-    """Say what a high loss before training comes from. Raises InputError if it is not finite."""
-    if not math.isfinite(loss):
-        raise InputError(f"{args.ckpt}: the loss before training is {loss}: damaged weights, or not for {args.dtype}")
+    """Say what a high loss before training comes from."""
     if loss > math.log(vocab_size):
         ways = [f"--embeddings {'projected' if args.rank else 'full'}"] * (args.embeddings == "frozen")
         ways += ["--embeddings-lr-ratio 1"] * (args.embeddings_lr_ratio < 1)
@@ -945,6 +952,19 @@ def peak_memory(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Output(io.TextIOWrapper):
+    """A stream whose reader may go away, as a closed terminal or a `tee` that Ctrl-C ends: a run goes on, or saves."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
 
 
 @contextlib.contextmanager
@@ -1012,5 +1032,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    robust_output()
+    for name in ("stdout", "stderr"):  # None if it is closed
+        stream = getattr(sys, name)
+        buffer, encoding = (stream.buffer, stream.encoding) if stream else (open(os.devnull, "wb"), "utf-8")
+        setattr(sys, name, Output(buffer, encoding, "backslashreplace", line_buffering=True))
     main()
