@@ -301,6 +301,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         if self._basis_is_due(group, p):
             all_rows = whole(G, p) if all_rows is None else all_rows
             if not all_rows.any():
+                if "basis" not in state:
+                    self._make_room(group, p, G)
                 return torch.tensor(0.0, device=G.device)
             try:
                 P = projection_basis(all_rows, group["rank"], group["svd"])
@@ -319,6 +321,18 @@ class ProjectedAdam(torch.optim.Optimizer):
         if group["residual"]:
             self._add_residual(group, p, G, R)
         return R
+
+    def _make_room(self, group: dict, p: Tensor, G: Tensor) -> None:
+        """State of a matrix before its first step. torch.distributed.checkpoint loads into what is there, and has an
+        optimizer make it by a step with zero gradients."""
+        state, P = self.state[p], G.new_zeros(min(p.shape), min(group["rank"], *p.shape), dtype=torch.float32)
+        R = project(G, P, p)
+        moments(state, R)
+        state["step"], state["basis"] = 0, P  # which is due all the same
+        if group["residual"]:
+            dim = int(is_tall(p))
+            state["lengths"] = R.new_full((len(R), 1) if dim else (1, R.shape[1]), R.shape[dim] ** 0.5)
+            state["residual"] = R.new_full((), math.inf)
 
     def _add_residual(self, group: dict, p: Tensor, G: Tensor, R: Tensor) -> None:
         """W_i = W_i - lr (|N_i| / |R_i|) S_i, with S = G - R P^T, within limits; nothing if G is not finite. G: as in
@@ -444,8 +458,7 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take over a `state_dict()` bit for bit, or for plain groups torch.optim.AdamW's. Raises ValueError if a group
-        is projected here and plain there, or the other way round, and for other entries than Adam's. (What
-        torch.distributed.checkpoint has flattened it loads only where P and moments are there: take a step first.)"""
+        is projected here and plain there, or the other way round, and for other entries than Adam's."""
         loaded: dict = {}
 
         def groups_only(_: ProjectedAdam, state_dict: dict) -> dict:  # torch would cast fp32 moments to bf16 weights'

@@ -2035,16 +2035,20 @@ def test_a_state_that_does_not_fit_the_groups_is_refused():
         ProjectedAdam(matrices, lr=0.02).load_state_dict(sgd.state_dict())
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_torchs_state_dict_helpers(in_backward):
+def test_torchs_state_dict_helpers(in_backward, flatten, residual):
     """What torch.distributed.checkpoint goes by names, as accelerate does under FSDP2."""
     helpers = pytest.importorskip("torch.distributed.checkpoint.state_dict")
-    net, optimizer = small_net(in_backward)
+    net, optimizer = small_net(in_backward, residual=residual)
     train_net(net, optimizer, 5)
-    saved = copy.deepcopy(helpers.get_optimizer_state_dict(net, optimizer))
-    other, other_optimizer = small_net(in_backward)
+    options = helpers.StateDictOptions(flatten_optimizer_state_dict=flatten)
+    optimizer.zero_grad()
+    saved = copy.deepcopy(helpers.get_optimizer_state_dict(net, optimizer, options=options))
+    other, other_optimizer = small_net(in_backward, residual=residual)
     other.load_state_dict(net.state_dict())
-    helpers.set_optimizer_state_dict(other, other_optimizer, saved)
+    helpers.set_optimizer_state_dict(other, other_optimizer, saved, options=options)
     train_net(net, optimizer, 5)
     train_net(other, other_optimizer, 5)
     assert all(torch.equal(*pair) for pair in zip(net.parameters(), other.parameters()))
