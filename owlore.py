@@ -325,13 +325,12 @@ class ProjectedAdam(torch.optim.Optimizer):
     def _make_room(self, group: dict, p: Tensor, G: Tensor) -> None:
         """State of a matrix before its first step. torch.distributed.checkpoint loads into what is there, and has an
         optimizer make it by a step with zero gradients."""
-        state, P = self.state[p], G.new_zeros(min(p.shape), min(group["rank"], *p.shape), dtype=torch.float32)
-        R = project(G, P, p)
+        state, rank = self.state[p], min(group["rank"], *p.shape)
+        R = torch.zeros((len(p), rank) if is_tall(p) else (rank, p.shape[1]), dtype=torch.float32, device=G.device)
         moments(state, R)
-        state["step"], state["basis"] = 0, P  # which is due all the same
-        if group["residual"]:
-            dim = int(is_tall(p))
-            state["lengths"] = R.new_full((len(R), 1) if dim else (1, R.shape[1]), R.shape[dim] ** 0.5)
+        state["step"], state["basis"] = 0, R.new_zeros(min(p.shape), rank)  # it is due all the same
+        if group["residual"]:  # what `_add_residual` begins with
+            state["lengths"] = R.norm(dim=int(is_tall(p)), keepdim=True).fill_(rank**0.5)
             state["residual"] = R.new_full((), math.inf)
 
     def _add_residual(self, group: dict, p: Tensor, G: Tensor, R: Tensor) -> None:

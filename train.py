@@ -168,8 +168,8 @@ def run(args: argparse.Namespace) -> None:
     if step < steps:
         print(f"stopped at step {step} of {steps}; to go on: {resume_command(out)}")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
-    began = f"step {measured}" if measured else "before"
-    print(f"\n{began}: {describe(before)}\nafter:  {describe(after)}\nsaved:  {out / 'model'}")
+    first = f"step {measured}" if measured else "before"
+    print(f"\n{first}: {describe(before)}\nafter:  {describe(after)}\nsaved:  {out / 'model'}")
 
 
 def training_step(model: Transformer, optimizer: ProjectedAdam, batches: list, max_norm: float) -> tuple[float, float]:
