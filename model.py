@@ -167,7 +167,7 @@ class Attention(nn.Module):
 
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up that keeps no more than gate and up, the widest activations of the model, and makes the gradients
-    in their place. It saves 0.46 GiB of a 7B's step at 16 x 512 beside `F.silu(gate) * up`."""
+    in their place."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:

@@ -430,7 +430,7 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--out", help="run folder (default: the first free of runs/NAME, runs/NAME-2, ...)")
     add("--method", choices=METHODS, default="owlore", help="default: %(default)s")
     add("--sampling", choices=("outlier", "uniform", "reverse", "increasing", "decreasing"), help="how layers are drawn (default: owlore outlier, lisa uniform)")
-    add("--active", type=at_least(1), help="layers trained at a time (default: all, the embedded example 20 of every 32, owlore --rank 0 5, lisa 2; the paper's 5 of 32, or fewer, set the other defaults as in the paper, too)")
+    add("--active", type=at_least(1), help="layers trained at a time (default: all; of every 32 layers, rounded up, 20 in the embedded example, 5 with owlore's --rank 0, 2 with lisa; the paper's 5 of 32, or fewer, set the other defaults as in the paper, too)")
     add("--interval", type=at_least(1), help="optimizer steps between two draws (default: 50, lisa 3)")
     add("--rank", type=at_least(0), help=f"of the projection (default: dim / 16; owlore less with more than the paper's 5 of 32 layers active, for the same memory: 40 for a 7B), 0 for owlore without projection; of lora's additions (default: dim / 128); at least {MIN_RANK}")
     add("--lora-alpha", type=positive, help="lora's additions count alpha / rank (default: twice the rank)")

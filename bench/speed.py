@@ -120,14 +120,15 @@ def executed_flops(run: Callable[[], object]) -> int:
 
 
 def build_ours(config: ModelConfig, args: argparse.Namespace) -> tuple[Transformer, ProjectedAdam, LayerSampler]:
-    """This project's model with random weights, its optimizer, and a uniform sampler that has drawn."""
+    """This project's model with random weights, its optimizer, and a uniform sampler that has drawn. Embedding and head
+    are trained in full, as the peer's are."""
     torch.manual_seed(args.seed)
     torch.set_default_dtype(args.dtype)
     with torch.device(args.device):
         model = Transformer(config)
     torch.set_default_dtype(torch.float32)
     model.checkpoint_blocks = not args.keep_activations
-    flags = ["--active", str(args.active), "--rank", str(args.rank), "--device", args.device]
+    flags = ["--active", str(args.active), "--rank", str(args.rank), "--device", args.device, "--embeddings", "full"]
     flags += ["--residual" if args.residual else "--no-residual"]
     sampler = LayerSampler(model.layers, torch.ones(config.n_layers), args.active, args.seed)
     optimizer = train.build_optimizer(model, settings(flags, config))
