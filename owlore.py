@@ -234,8 +234,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         S = G - R P^T,  W_i = W_i - lr (|N_i| / |R_i|) S_i        (without `scale`)
 
     to no more than sqrt(n), the length of Adam's first step for all of G_i (sqrt(m) if m < n), and from the second step
-    on the norm of it all grows by 1 % at most, or to a tenth of |N|. |N_i| is that of the step before (sqrt(rank) in the first), so it need not wait
-    for N.
+    on the norm of it all grows by 1 % at most, or to a tenth of |N|. |N_i| is that of the step before (sqrt(rank) in
+    the first), so it need not wait for N.
 
     A matrix whose gradient is zero or not finite when a new P is due stays as it is, and P stays due. Whoever skips
     `step` leaves everything as it was, but with in_backward: then the residual has moved W already, and a new P has
@@ -798,7 +798,9 @@ class WeightGradient(torch.autograd.Function):
 
 def take_factors(model: nn.Module, optimizer: ProjectedAdam) -> None:
     """Have every `Linear` of a model hand its factors to an optimizer that projects in the backward pass. From then on
-    G is made only for new bases: of the 6 FLOP of a step per weight and token 2 become 2 (rank / m + rank / n), which is 29 % less for GaLore at rank 256 in a 7B whose activations are kept. (A weight with a residual needs G in each step, and hands over none.)"""
+    G is made only for new bases: of the 6 FLOP of a step per weight and token 2 become 2 (rank / m + rank / n), which
+    is 29 % less for GaLore at rank 256 in a 7B that keeps its activations. (A weight with a residual needs G in each
+    step, and hands over none.)"""
     for module in model.modules():
         if isinstance(module, Linear):
             # Under FSDP forward and backward pass see another tensor than this one, which the optimizer has.

@@ -925,7 +925,7 @@ def in_words(size: float) -> str:
 def require_finite(result: dict, weights: str | Path, args: argparse.Namespace) -> dict:
     """An evaluation, if its loss is finite. Raises InputError if it is not."""
     if not math.isfinite(loss := result["val_loss"]):
-        raise InputError(f"{weights}: the loss before training is {loss}: damaged weights, or not for {args.dtype}")
+        raise InputError(f"{weights}: its loss is {loss}: damaged weights, or not for {args.dtype}")
     return result
 
 
