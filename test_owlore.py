@@ -3667,7 +3667,7 @@ def test_a_high_loss_before_training_is_explained(base, monkeypatch, tmp_path, c
             assert (re.findall(r"better with (.*) \(", text) == [says]) == bool(high and says)
         settings_of(*flags.split(), *says.split())  # is not refused
     monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": math.nan})
-    assert_refused(cli(f"{base} --steps 1 --out {tmp_path / 'b'}"), "loss before training")
+    assert_refused(cli(f"{base} --steps 1 --out {tmp_path / 'b'}"), "its loss is")
 
 
 def test_sizes_are_told_in_units_that_show_them():
@@ -3692,7 +3692,7 @@ def test_export_is_a_copy_in_hugging_faces_layout(layout, tmp_path):
 
 def test_weights_that_are_not_finite_are_told(checkpoint, jsonl):
     edit_tensors(checkpoint, norm__weight=torch.full((64,), math.nan))
-    assert_refused(cli(f"--ckpt {checkpoint} --val-data {jsonl} --eval-only"), "loss before training is nan")
+    assert_refused(cli(f"--ckpt {checkpoint} --val-data {jsonl} --eval-only"), "its loss is nan")
     for flags in ("", "--temperature 1"):
         assert_refused(cli(f"--ckpt {checkpoint} --prompt hi {flags}", model_module.main), "not finite")
 
