@@ -52,8 +52,14 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
             f"request.\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n")  # fmt: skip
 
 
+UNREAD = ("context", "passage", "options", "history", "tools")  # what an answer is likely to depend on
+
+
 def parse_record(record: object) -> Record:
     """Tell a record's format by its keys. Raises ValueError, which says what is wrong with it."""
+    unread = [key for key in UNREAD if record.get(key)] if isinstance(record, dict) else []
+    if unread:
+        raise ValueError(f"nothing reads its {unread[0]!r}: make it part of the prompt, or take it out")
     match record:
         case {"instruction": instruction, "output": output}:  # Alpaca and commonsense-170k
             context = "" if record.get("input") is None else record["input"]
@@ -71,9 +77,9 @@ def parse_record(record: object) -> Record:
             answer = choices.index(answer) if answer in choices else answer
             if type(answer) is not int or not 0 <= answer < len(choices):
                 raise ValueError("'answer' must be one of 'choices', or its index from 0")
-            return Record([(as_text(prompt), choices[answer])], choices)
+            return Record([(system_prompt(record) + as_text(prompt), choices[answer])], choices)
         case {"prompt": prompt, "completion": completion} | {"input": prompt, "output": completion}:
-            return Record([(as_text(prompt), as_text(completion))])
+            return Record([(system_prompt(record) + as_text(prompt), as_text(completion))])
         case {"question": question, "answer": answer}:
             return parse_record(record | {"prompt": alpaca_prompt(as_text(question)), "completion": answer})
         case {"messages": messages} | {"conversations": messages}:
@@ -167,9 +173,10 @@ class Tokenizer:
     if there are no such tokens. hf_config: what Hugging Face's tools need to be told, or they take it for another one."""
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        """Token ids of a text, between BOS and EOS if asked for."""
-        before, after = [self.bos_id] * (bos and self.bos_id >= 0), [self.eos_id] * (eos and self.eos_id >= 0)
-        return before + self.encode_text(text) + after
+        """Token ids of a text, between BOS and EOS if asked for, and if it does not spell them out itself."""
+        ids, before, after = self.encode_text(text), [self.bos_id], [self.eos_id]
+        bos, eos = bos and self.bos_id >= 0 and ids[:1] != before, eos and self.eos_id >= 0 and ids[-1:] != after
+        return before * bos + ids + after * eos
 
     def encode_text(self, text: str) -> list[int]:
         return self.model.encode(text)
@@ -198,7 +205,7 @@ class TiktokenTokenizer(Tokenizer):
     PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     PATTERN += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     hf_config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    hf_config |= {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    hf_config |= {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "add_bos_token": True}
 
     def __init__(self, raw: bytes):
         import tiktoken
@@ -221,8 +228,8 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`, which says itself how it encodes. BOS and EOS stand beside it, in `tokenizer_config.json` as
-    tokens or else in `config.json` as ids."""
+    """A `tokenizer.json`, which says itself how it encodes. BOS and EOS stand beside it, in `tokenizer_config.json` or
+    `special_tokens_map.json` as tokens, or else in `config.json` as ids."""
 
     def __init__(self, raw: bytes, folder: Path):
         import tokenizers
@@ -231,10 +238,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.model.no_truncation()  # what it was last used with may be saved in it
         self.model.no_padding()
         self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        files, ids = (folder / "tokenizer_config.json", folder / "config.json"), []
-        settings, config = (read_json(file) if file.is_file() else {} for file in files)
+        files, ids = [folder / f"{name}.json" for name in ("special_tokens_map", "tokenizer_config", "config")], []
+        known, settings, config = (read_json(file) if file.is_file() else {} for file in files)
         for key in ("bos_token", "eos_token"):
-            token = settings.get(key, config.get(f"{key}_id"))
+            token = (known | settings).get(key, config.get(f"{key}_id"))
             token = token.get("content") if isinstance(token, dict) else token
             token = token[0] if isinstance(token, list) and token else token  # chat models may end in one of several
             id = -1 if token in (None, "") else self.model.token_to_id(token) if isinstance(token, str) else token
@@ -280,9 +287,10 @@ def encode_turn(tokenizer: Tokenizer, prompt: str, completion: str, bos: bool, e
 
 
 def fit(ids: list[int], length: int) -> np.ndarray:
-    """Shorten a row to `length` tokens, behind BOS, from the prompt's left, and if that is not enough, from the end."""
+    """Shorten a row to `length` tokens, behind BOS, from the prompt's left as far as it fills more than half of them, and
+    if that is not enough, from the end: an answer is not learnt without what was asked."""
     prompt = next((n for n, i in enumerate(ids) if i >= 0), len(ids))
-    cut = max(0, min(len(ids) - length, prompt - 1))
+    cut = max(0, min(len(ids) - length, prompt - 1 - length // 2))
     return np.array((ids[:1] + ids[1 + cut :])[:length], dtype=np.int32)
 
 

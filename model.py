@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -482,8 +483,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_hf_config(file: Path) -> dict:
-    """The fields of ModelConfig that a `config.json` gives; what it leaves out is as in transformers' LlamaConfig.
-    Raises InputError for other models than LLaMA's and Mistral's."""
+    """The fields of ModelConfig that a `config.json` gives; what it leaves out is as in transformers' LlamaConfig
+    or MistralConfig. Raises InputError for other models than LLaMA's and Mistral's."""
     config = read_json(file)
     # transformers 4 spells these at the top level, transformers 5 inside rope_parameters
     given = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)]
@@ -491,7 +492,8 @@ def read_hf_config(file: Path) -> dict:
              for rope in given or [{}]]  # fmt: skip
     rope = given[0]
     said = given[-1] | {key: config[key] for key in ("rope_theta",) if key in config}
-    config = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"} | config | rope
+    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu", "sliding_window": 4096}
+    config = defaults | config | rope
     supported = {"model_type": ("llama", "mistral"), "hidden_act": ("silu",), "rope_type": ("default", "llama3")}
     supported |= dict.fromkeys(("attention_bias", "mlp_bias", "quantization_config"), (None, False))
     for key, values in supported.items():
@@ -623,6 +625,11 @@ def load(path: str | Path, args: argparse.Namespace, distribute=None) -> tuple[T
     model = load_model(path, args.device, FLAG_DTYPES[dtype], distribute)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(f"{path}: {tokenizer.vocab_size} tokens in tokenizer, {model.config.vocab_size} in model")
+    config = Path(path) / "config.json"
+    ends = read_json(config).get("eos_token_id") if config.is_file() else None
+    if ends is not None and tokenizer.eos_id not in (ends if isinstance(ends, list) else [ends]):
+        warnings.warn(f"{path}: the end of a text is token {tokenizer.eos_id} in its tokenizer, {ends} in config.json; if it "
+                      "has tokens that its tokenizer.model lacks, remove that: tokenizer.json is read then", stacklevel=2)  # fmt: skip
     return model, tokenizer
 
 
@@ -718,7 +725,11 @@ def main() -> None:
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
     add("--prompt", default="", help="text to continue (default: begin from the BOS token alone)")
-    add("--instruct", action="store_true", help="put the prompt into the template that instructions are trained with")
+    add(
+        "--instruct",
+        action="store_true",
+        help="put it into the template of instruction records (messages have a shorter one)",
+    )
     add("--max-new-tokens", type=at_least(1), default=200, help="default: %(default)s")
     add("--temperature", type=at_least(0, float), default=0.0, help="0 is greedy (default: %(default)s)")
     add("--top-p", type=at_least(1e-12, float, 1), default=1.0, help="nucleus sampling (default: %(default)s)")

@@ -28,9 +28,11 @@ import sys
 import tempfile
 import termios
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -449,6 +451,24 @@ def test_transformers_computes_the_same_logits_from_our_save(family, tmp_path):
         torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("said", [{}, {"sliding_window": None}, {"sliding_window": 9}])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_what_a_config_leaves_out_is_as_in_transformers(family, said, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 9,
+        "intermediate_size": 8,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family} | sizes | said))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    ours = model_module.read_hf_config(tmp_path / "config.json")
+    window = theirs.sliding_window if family == "mistral" else None
+    assert (ours.get("sliding_window"), ours["norm_eps"]) == (window, theirs.rms_norm_eps)
+
+
 @pytest.mark.parametrize(
     "params, hidden, context",
     [
@@ -762,7 +782,7 @@ def test_a_hf_folder_says_what_its_tokenizer_is(name, tmp_path):
     assert data.read_json(hf / "config.json") == {"dim": 64} | ids
     llama2 = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
     llama2 |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    llama3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    llama3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "add_bos_token": True}
     assert told == (llama3 | {"tokenizer_class": "PreTrainedTokenizerFast"} if name == "llama3" else llama2)
     (hf / "config.json").write_text('{"eos_token_id": [7, 8], "pad_token_id": 9, "dim": 32}')
     (hf / "tokenizer_config.json").write_text('{"its": "own"}')
@@ -800,6 +820,10 @@ CHAT = {"messages": [{"role": role, "content": content} for role, content in CHA
             Record([(data.alpaca_prompt("a"), "c")], ["b", "c"]),
         ),
         ({"instruction": "a", "input": None, "output": "b"}, Record([(data.alpaca_prompt("a"), "b")])),
+        ({"prompt": "a", "completion": "b", "system": "c"}, Record([("c\n\na", "b")])),
+        (CHOICES | {"answer": 1, "system": "d"}, Record([("d\n\na", "c")], ["b", "c"])),
+        ({"question": "a", "answer": "b", "system": "c"}, Record([("c\n\n" + data.alpaca_prompt("a"), "b")])),
+        ({"prompt": "a", "completion": "b", "history": [], "context": ""}, Record([("a", "b")])),
     ],
 )
 def test_record_types(raw, record):
@@ -840,6 +864,10 @@ def test_alpaca_arc_and_chat_records():
         ([1], "unknown"),
         ({"question": "b"}, "question"),
         ({"text": 3}, "3"),
+        ({"prompt": "a", "completion": "b", "context": "c"}, "'context'"),
+        ({"question": "a", "passage": "b", "answer": "c"}, "'passage'"),
+        ({"question": "a", "options": ["b", "c"], "answer": "A"}, "'options'"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "'history'"),
         ({"instruction": "a", "output": None, "text": "b"}, "null"),
         ({"instruction": "a", "input": 1, "output": "b"}, "1"),
         ({"instruction": "a", "input": 0, "output": "b"}, "0"),
@@ -1005,6 +1033,17 @@ def test_bos_and_eos_stand_beside_tokenizer_json(tokenizer_json, settings_, conf
     assert tokenizer.encode("a", eos=True) == [*bos, *tokenizer.encode("a", bos=False), *eos]
 
 
+def test_bos_and_eos_may_stand_in_special_tokens_map_and_are_not_doubled(tokenizer_json):
+    (tokenizer_json / "config.json").write_text('{"bos_token_id": 2, "eos_token_id": 2}')
+    (tokenizer_json / "tokenizer_config.json").unlink(missing_ok=True)
+    known = {"bos_token": "<|end|>", "eos_token": {"content": "<|end|>"}}
+    (tokenizer_json / "special_tokens_map.json").write_text(json.dumps(known))
+    tokenizer = load_tokenizer(tokenizer_json)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 1)
+    within = tokenizer.encode("a", bos=False)
+    assert tokenizer.encode("<|end|>a<|end|>", eos=True) == tokenizer.encode("a", eos=True) == [1, *within, 1]
+
+
 def test_a_tokenizer_json_that_cannot_be_read_is_told_in_one_line(tokenizer_json, monkeypatch):
     (tokenizer_json / "tokenizer_config.json").write_text('{"bos_token": "<|nowhere|>"}')
     with pytest.raises(InputError, match="bos_token is not one of its tokens"):
@@ -1067,13 +1106,21 @@ def test_a_second_turn_is_context_again():
 
 
 def test_cut_rows_are_counted_by_what_was_cut():
-    records = [("xyz", "uv"), ("xyz", "u"), ("a", "b"), ("", "uvwxyz"), ("xy", "uvwxyz")]
+    records = [("uvwxyz", "u"), ("xyz", "u"), ("a", "b"), ("", "uvwxyz"), ("wxyz", "uvwxyz")]
     records = [parse_record({"prompt": prompt, "completion": completion}) for prompt, completion in records]
-    dataset = Dataset(records, Letters(), seq_len=5)  # of them 1, 0 and 0 lose some prompt, the last two the end
+    dataset = Dataset(records, Letters(), seq_len=5)  # the first and the last lose some prompt, the last two the end
     assert [len(row) for row in dataset] == [6, 6, 3, 6, 6]
     assert (dataset.prompts_cut, dataset.completions_cut) == (2, 2)
     with pytest.raises(InputError, match="short"):
         Dataset([Record([("", "")], plain=True)], Letters(), 5)
+
+
+@given(st.integers(0, 30), st.integers(1, 30), st.integers(2, 30))
+def test_a_cut_row_keeps_its_prompt_up_to_half_a_row(prompt, answer, length):
+    context, told = list(range(-prompt - 1, -1)), list(range(answer))
+    row = data.fit([~1, *context, *told], length).tolist()
+    kept = min(prompt, max(length // 2, length - 1 - answer))
+    assert row == [~1, *context[prompt - kept :], *told][:length]
 
 
 @pytest.mark.parametrize("blank", ["", " \n"])
@@ -2623,6 +2670,7 @@ def test_eval_only_prints_what_a_run_evaluates_and_writes_nothing(base, checkpoi
     for line in (f"{base} --val-data {jsonl}", f"--ckpt {checkpoint} --val-data {jsonl}"):
         code, text, error = cli(f"{line} --eval-only")
         assert code == 0 and f"{before['val_loss']:.4f}" in text and f"{before['val_accuracy']:.1%}" in text, error
+    assert_refused(cli(f"--ckpt {checkpoint} --data {jsonl} --eval-only"), "--val-data")  # 5 % of it would be evaluated
     assert sorted(tmp_path.iterdir()) == files
 
 
@@ -2967,6 +3015,17 @@ def test_a_run_that_diverges_is_an_error_however_short_it_is(flags, steps, base,
     code, _, error = cli(f"{base} --steps {steps} --out {tmp_path / 'run'} {flags}")
     assert code == 2 and "diverged" in error and "nothing had been saved" in error and "Traceback" not in error
     assert not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 64, 100, 1000])
+def test_health_is_judged_on_rows_from_all_over_the_data(count, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(train, "row_losses", lambda _, rows, __: seen.extend(rows) or [torch.ones(1, 2)] * len(rows))
+    validation = SimpleNamespace(examples=[[n, "a choice"] for n in range(count)])
+    train.require_health(build(), validation, 1.0, 0, SimpleNamespace(lr=1.0), tmp_path)
+    rows = [row for (row,) in seen]
+    assert min(count, 16) <= len(rows) <= 32 and rows[0] == 0
+    assert len(set(np.diff([*rows, count]).tolist()[:-1])) <= 1 and count - rows[-1] <= count / 16 + 1
 
 
 def test_a_loss_far_above_the_one_before_training_ends_the_run(base, monkeypatch, tmp_path):
@@ -3541,6 +3600,17 @@ def small_vocabulary(path: Path) -> None:
     edit_json(path / "params.json", vocab_size=50)
     names, state = ("tok_embeddings.weight", "output.weight"), torch.load(path / "consolidated.00.pth")
     edit_tensors(path, **{name.replace(".", "__"): state[name][:50].clone() for name in names})
+
+
+def test_another_end_of_text_in_config_json_is_told(checkpoint):
+    args, file = SimpleNamespace(device="cpu", dtype=None), checkpoint / "config.json"
+    with warnings.catch_warnings(action="error"):
+        for ends in ([77, 2], 2, None):
+            file.write_text(json.dumps({"eos_token_id": ends}))
+            model_module.load(checkpoint, args)
+    file.write_text('{"eos_token_id": 77}')
+    with pytest.warns(UserWarning, match="token 2 in its tokenizer, 77 in config.json"):
+        model_module.load(checkpoint, args)
 
 
 BAD_FOLDERS = {

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     model, data, validation = load_inputs(args, state)
     if args.eval_only:
         result = require_finite(evaluate(model, validation, args), args.ckpt, args)
-        return print(f"{args.ckpt} on {args.val_data or args.data}: {describe(result)}")
+        return print(f"{args.ckpt} on {args.val_data}: {describe(result)}")
     steps = planned_steps(data, args, state)
     require_room(model, args, steps, state.get("step", 0))
     lock = lock or (None if rank() else claim(args))  # before what takes long
@@ -512,7 +512,7 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     example = Path(args.ckpt) == TINY and args.data is None
     if example:
         args.data, args.val_data = str(TINY / "train.json"), args.val_data or str(TINY / "val.json")
-    require(args.data or args.val_data or not args.eval_only, "--val-data: give the file to evaluate on")
+    require(args.val_data or not args.eval_only, "--val-data: give the file to evaluate on")
     require(args.data or args.eval_only, "--data: give the file to train on")
     at_once = args.micro_batch_size or 1
     require(at_once <= args.batch_size, f"--micro-batch-size {at_once}: there are {args.batch_size} rows in a step")
@@ -734,7 +734,8 @@ def require_health(
 ) -> None:
     """Raise InputError if the run has diverged: too many steps in a row were not good (`bad`, else 0), or the weights are
     such that no fp16 could hold them, or that the loss on some validation rows is above the limit or not finite."""
-    examples = [rows[:1] for rows in validation.examples[:HEALTH_ROWS]]
+    # From all over the data: a file may begin with another kind of records than the rest.
+    examples = [rows[:1] for rows in validation.examples[:: -(-len(validation.examples) // HEALTH_ROWS)]]
     loss, count = sum(rows[0] for rows in row_losses(model, examples, args))
     loss, most = loss / max(count, 1), torch.finfo(torch.float16).max
     largest = [torch.linalg.vector_norm(w, torch.inf) for w in map(owlore.own, model.parameters()) if w.numel()]

@@ -1,12 +1,16 @@
 """Make the tasks of the study on SmolLM2 from public data, as files that train.py reads: three on which settings were
 compared and chosen, and two on which none was.
 
-shakespeare  the first 600,000 characters of tinyshakespeare.txt to train, the last 14,000 to validate
-alpaca       the first 899 and the last 100 records of alpaca_en_demo.json
-arc          all of arc_easy_train.json, and the first 100 records of arc_easy_test.json
+shakespeare   the first 600,000 characters of tinyshakespeare.txt to train, the last 14,000 to validate
+alpaca-short  of the first 899 and of the last 100 records of alpaca_en_demo.json those of at most 850 bytes, of which
+              all but 8 fit 256 tokens
+arc           all of arc_easy_train.json, and the first 100 records of arc_easy_test.json
 
-wikitext     the first 600,000 characters of wikitext2_valid.txt to train, the last 14,000 to validate
-boolq        all but the last 100 records of boolq_test.json to train, and those (questions without a passage)
+wikitext      the first 600,000 characters of wikitext2_valid.txt to train, the last 14,000 to validate
+boolq         all but the last 100 records of boolq_test.json to train, and those (questions without a passage)
+
+The tables named alpaca are of all 899 and 100 records, when a row of data.py still kept no prompt if the answer alone was
+longer than it: at 256 tokens 232 and 24 of them had none.
 
 python bench/tasks.py ../shared/data runs/tasks
 """
@@ -26,6 +30,11 @@ def by_text(record: dict) -> dict:
     return {"question": question, "choices": choices, "answer": int(record["answer"].removeprefix("answer")) - 1}
 
 
+def is_short(record: dict) -> bool:
+    """Whether a record of Alpaca's is to fit a row of 256 tokens."""
+    return len("".join(record[key] for key in ("instruction", "input", "output")).encode()) <= 850
+
+
 def main() -> None:
     """Write NAME and NAME-val into the folder named second, from the files in the one named first."""
     source, target = map(Path, sys.argv[1:])
@@ -39,8 +48,8 @@ def main() -> None:
         for name in ("alpaca_en_demo", "arc_easy_train", "arc_easy_test", "boolq_test")
     )
     tasks = {
-        "alpaca": alpaca[:899],
-        "alpaca-val": alpaca[899:],
+        "alpaca-short": filter(is_short, alpaca[:899]),
+        "alpaca-short-val": filter(is_short, alpaca[899:]),
         "arc": map(by_text, arc),
         "arc-val": map(by_text, test[:100]),
         "boolq": boolq[:-100],
