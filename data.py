@@ -52,14 +52,8 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
             f"request.\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n")  # fmt: skip
 
 
-UNREAD = ("context", "passage", "options", "history", "tools")  # what an answer is likely to depend on
-
-
 def parse_record(record: object) -> Record:
     """Tell a record's format by its keys. Raises ValueError, which says what is wrong with it."""
-    unread = [key for key in UNREAD if record.get(key)] if isinstance(record, dict) else []
-    if unread:
-        raise ValueError(f"nothing reads its {unread[0]!r}: make it part of the prompt, or take it out")
     match record:
         case {"instruction": instruction, "output": output}:  # Alpaca and commonsense-170k
             context = "" if record.get("input") is None else record["input"]
@@ -123,13 +117,16 @@ def as_text(value: object) -> str:
     return value
 
 
+UNREAD = ("context", "passage", "options", "history", "tools")  # fields that an answer may depend on
+
+
 def load_records(path: str | Path) -> list[Record]:
     """Read a text file (`.txt`) or JSON: a list of records, {"type", "instances"}, or one record after another. Those
     without anything to learn are left out, with a warning. Raises InputError, with the line or record, or OSError."""
     path = Path(path)
     if path.suffix.lower() == ".txt":
         return [Record([("", read_text(path))], plain=True)]
-    kind, found, records = "line", parse_json(path), []
+    kind, found, records, unread = "line", parse_json(path), [], set()
     match found:
         case [(_, list(values) | {"type": "text_only" | "text2text", "instances": list(values)})]:
             kind, found = "record", enumerate(values, 1)
@@ -138,8 +135,16 @@ def load_records(path: str | Path) -> list[Record]:
     for number, value in found:
         try:
             records.append(parse_record(value))
+            unread |= {
+                key for key in UNREAD if value.get(key) not in (None, "", "[]", [], {}) and not records[-1].plain
+            }
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: {kind} {number}: {error}") from None
+    if unread:
+        warnings.warn(
+            f"{path}: not read: {', '.join(sorted(unread))}; what answers depend on belongs into the prompt",
+            stacklevel=2,
+        )
     full = [record for record in records if any(completion.strip() for _, completion in record.turns)]
     if not full:
         raise InputError(f"{path}: holds no records" + " but with empty completions" * bool(records))
@@ -173,10 +178,10 @@ class Tokenizer:
     if there are no such tokens. hf_config: what Hugging Face's tools need to be told, or they take it for another one."""
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        """Token ids of a text, between BOS and EOS if asked for, and if it does not spell them out itself."""
-        ids, before, after = self.encode_text(text), [self.bos_id], [self.eos_id]
-        bos, eos = bos and self.bos_id >= 0 and ids[:1] != before, eos and self.eos_id >= 0 and ids[-1:] != after
-        return before * bos + ids + after * eos
+        """Token ids of a text, between BOS and EOS if asked for. A text that has them itself gets no second ones."""
+        ids = self.encode_text(text)
+        before = [self.bos_id] * (bos and self.bos_id >= 0 and ids[:1] != [self.bos_id])
+        return before + ids + [self.eos_id] * (eos and self.eos_id >= 0 and ids[-1:] != [self.eos_id])
 
     def encode_text(self, text: str) -> list[int]:
         return self.model.encode(text)
@@ -287,10 +292,10 @@ def encode_turn(tokenizer: Tokenizer, prompt: str, completion: str, bos: bool, e
 
 
 def fit(ids: list[int], length: int) -> np.ndarray:
-    """Shorten a row to `length` tokens, behind BOS, from the prompt's left as far as it fills more than half of them, and
-    if that is not enough, from the end: an answer is not learnt without what was asked."""
+    """Shorten a row to `length` tokens: its prompt, behind BOS, from the left, but not to less than half a row, so that no
+    answer is learnt without what was asked, and if that is not enough, from the end."""
     prompt = next((n for n, i in enumerate(ids) if i >= 0), len(ids))
-    cut = max(0, min(len(ids) - length, prompt - 1 - length // 2))
+    cut = max(0, min(len(ids) - length, prompt - 1 - (length - 1) // 2))
     return np.array((ids[:1] + ids[1 + cut :])[:length], dtype=np.int32)
 
 
@@ -333,7 +338,9 @@ class Dataset:
         text_eos = np.array(tokenizer.encode("", bos=False, eos=len(records) > 1), dtype=np.int32)
         for record in tqdm(records, "tokenising", leave=False, disable=None):
             if record.plain:
-                texts += [text_bos, encode_long(tokenizer, record.turns[0][1]), text_eos]
+                ids = encode_long(tokenizer, record.turns[0][1])  # which may have BOS and EOS itself
+                has_bos, has_eos = (ids[:1] == tokenizer.bos_id).sum(), (ids[-1:] == tokenizer.eos_id).sum()
+                texts += [text_bos, ids[has_bos:], text_eos[has_eos:]]
                 continue
             row = []
             for prompt, completion in record.turns:

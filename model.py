@@ -492,7 +492,9 @@ def read_hf_config(file: Path) -> dict:
              for rope in given or [{}]]  # fmt: skip
     rope = given[0]
     said = given[-1] | {key: config[key] for key in ("rope_theta",) if key in config}
-    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu", "sliding_window": 4096}
+    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}
+    if config.get("model_type") == "mistral":
+        defaults |= {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
     config = defaults | config | rope
     supported = {"model_type": ("llama", "mistral"), "hidden_act": ("silu",), "rope_type": ("default", "llama3")}
     supported |= dict.fromkeys(("attention_bias", "mlp_bias", "quantization_config"), (None, False))
@@ -628,8 +630,9 @@ def load(path: str | Path, args: argparse.Namespace, distribute=None) -> tuple[T
     config = Path(path) / "config.json"
     ends = read_json(config).get("eos_token_id") if config.is_file() else None
     if ends is not None and tokenizer.eos_id not in (ends if isinstance(ends, list) else [ends]):
-        warnings.warn(f"{path}: the end of a text is token {tokenizer.eos_id} in its tokenizer, {ends} in config.json; if it "
-                      "has tokens that its tokenizer.model lacks, remove that: tokenizer.json is read then", stacklevel=2)  # fmt: skip
+        warnings.warn(f"{path}: records will end in token {tokenizer.eos_id} (-1: none), as its tokenizer says; config.json "
+                      f"says {ends}: correct the wrong one; tokens that were added are in tokenizer.json alone, which is read "
+                      "if there is no tokenizer.model", stacklevel=2)  # fmt: skip
     return model, tokenizer
 
 
@@ -725,11 +728,7 @@ def main() -> None:
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, Meta's or Hugging Face's layout")
     add("--prompt", default="", help="text to continue (default: begin from the BOS token alone)")
-    add(
-        "--instruct",
-        action="store_true",
-        help="put it into the template of instruction records (messages have a shorter one)",
-    )
+    add("--instruct", action="store_true", help="put the prompt into the template of instruction records")
     add("--max-new-tokens", type=at_least(1), default=200, help="default: %(default)s")
     add("--temperature", type=at_least(0, float), default=0.0, help="0 is greedy (default: %(default)s)")
     add("--top-p", type=at_least(1e-12, float, 1), default=1.0, help="nucleus sampling (default: %(default)s)")

@@ -55,7 +55,7 @@ CHECKSUMS = "checksums.json"  # of a checkpoint's files
 HELD_OUT, HELD_OUT_RECORDS = 0.05, 500  # the share of --data, and at most so many records, that is kept for validation
 STEP = "step-" + 7 * "[0-9]"  # what the folders of checkpoints are called; others beside them are the user's
 BAD_STEPS = 10  # in a row, or half of a run, end it: those whose loss or gradients are not finite, or `far_above`
-HEALTH_ROWS = 32  # of validation data: enough to tell a model that still works from one that does not
+HEALTH_ROWS = 32  # of validation data at most: enough to tell a model that still works from one that does not
 SAVE_SECONDS, SAVE_SHARE = 15 * 60, 0.05  # the least time between two checkpoints; the most of a run that they may take
 # What may differ when a run is resumed: nothing here changes a step, but for the rate that follows from their number.
 # That --data holds the same tokens its checksum tells.
@@ -512,7 +512,7 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     example = Path(args.ckpt) == TINY and args.data is None
     if example:
         args.data, args.val_data = str(TINY / "train.json"), args.val_data or str(TINY / "val.json")
-    require(args.val_data or not args.eval_only, "--val-data: give the file to evaluate on")
+    require(args.val_data or not args.eval_only, "--eval-only: give --val-data, all of which is evaluated")
     require(args.data or args.eval_only, "--data: give the file to train on")
     at_once = args.micro_batch_size or 1
     require(at_once <= args.batch_size, f"--micro-batch-size {at_once}: there are {args.batch_size} rows in a step")
