@@ -1128,9 +1128,9 @@ def test_cut_rows_are_counted_by_what_was_cut():
 
 
 @given(st.integers(0, 30), st.integers(1, 30), st.integers(2, 30))
-def test_a_cut_row_keeps_its_prompt_up_to_half_a_row(prompt, answer, length):
+def test_long_rows_lose_the_prompts_left_down_to_half_a_row_and_then_their_end(prompt, answer, length):
     context, told = list(range(-prompt - 1, -1)), list(range(answer))
-    row = data.fit([~1, *context, *told], length).tolist()
+    row = fit([~1, *context, *told], length).tolist()
     kept = sum(i < 0 for i in row) - 1
     learnt = len(row) - 1 - kept
     assert row == [~1, *context[prompt - kept :], *told[:learnt]] and len(row) == min(length, 1 + prompt + answer)
@@ -1161,16 +1161,6 @@ def test_data_without_a_token_to_learn_is_refused():
     with pytest.raises(InputError, match="no row has a token to learn"):
         Dataset([parse_record({"prompt": "", "completion": "a"})] * 3, Bare(), 9)
     assert len(Dataset([parse_record({"prompt": "", "completion": "xy"})], Bare(), 9).rows) == 1
-
-
-@given(st.integers(0, 30), st.integers(1, 30), st.integers(2, 40))
-def test_long_rows_lose_the_prompts_left(prompt, completion, length):
-    row = [~1] + [~i for i in range(100, 100 + prompt)] + list(range(200, 200 + completion))
-    short = fit(row, length)
-    assert len(short) == min(len(row), length) and short[0] == ~1
-    kept = [i for i in short[1:] if i >= 0]
-    assert kept == list(range(200, 200 + min(completion, length - 1)))
-    assert [~i for i in short[1:] if i < 0] == list(range(100, 100 + prompt))[prompt - (len(short) - 1 - len(kept)) :]
 
 
 @given(st.lists(st.text(alphabet="xyz\n", min_size=2), min_size=1, max_size=3), st.integers(1, 50))
