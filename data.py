@@ -135,16 +135,13 @@ def load_records(path: str | Path) -> list[Record]:
     for number, value in found:
         try:
             records.append(parse_record(value))
-            unread |= {
-                key for key in UNREAD if value.get(key) not in (None, "", "[]", [], {}) and not records[-1].plain
-            }
+            if not records[-1].plain:
+                unread |= {key for key in UNREAD if value.get(key) not in (None, "", "[]", [], {})}
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: {kind} {number}: {error}") from None
     if unread:
-        warnings.warn(
-            f"{path}: not read: {', '.join(sorted(unread))}; what answers depend on belongs into the prompt",
-            stacklevel=2,
-        )
+        keys = ", ".join(sorted(unread))
+        warnings.warn(f"{path}: not read: {keys}; what answers depend on belongs into the prompt", stacklevel=2)
     full = [record for record in records if any(completion.strip() for _, completion in record.turns)]
     if not full:
         raise InputError(f"{path}: holds no records" + " but with empty completions" * bool(records))

@@ -9,10 +9,14 @@ arc           all of arc_easy_train.json, and the first 100 records of arc_easy_
 wikitext      the first 600,000 characters of wikitext2_valid.txt to train, the last 14,000 to validate
 boolq         all but the last 100 records of boolq_test.json to train, and those (questions without a passage)
 
-The tables named alpaca are of all 899 and 100 records, when a row of data.py still kept no prompt if the answer alone was
-longer than it: at 256 tokens 232 and 24 of them had none.
-
 python bench/tasks.py ../shared/data runs/tasks
+
+The tables named alpaca are of all 899 and 100 records, from when data.py left no prompt in a row that the answer alone
+filled. At 256 tokens those were 232 and 24, by
+
+python -c "import data; tokenizer, records = data.load_tokenizer('runs/smollm2'), data.load_records('alpaca_en_demo.json')
+full = [len(tokenizer.encode(r.turns[0][1], bos=False, eos=True)) >= 256 for r in records]
+print(sum(full[:899]), sum(full[899:]))"
 """
 
 import json
