@@ -91,7 +91,7 @@ def system_prompt(record: dict) -> str:
 
 def parse_messages(messages: object, prompt: str = "") -> list[tuple[str, str]]:
     """Turns of a conversation: what precedes an assistant's message is its prompt, under Alpaca's headings. prompt: what
-    precedes them all."""
+    precedes them all. A message of `weight` 0 is not trained on (OpenAI's format)."""
     turns = []
     for message in messages if isinstance(messages, list) else [None]:
         match message:
@@ -99,6 +99,8 @@ def parse_messages(messages: object, prompt: str = "") -> list[tuple[str, str]]:
                 prompt += as_text(content) + "\n\n"
             case {"role": "user", "content": content} | {"from": "human" | "user", "value": content}:
                 prompt += f"### Instruction:\n{as_text(content)}\n\n"
+            case {"role": "assistant", "content": content, "weight": 0}:
+                prompt += f"### Response:\n{as_text(content)}\n\n"
             case {"role": "assistant", "content": content} | {"from": "gpt" | "assistant", "value": content}:
                 turns.append((prompt + "### Response:\n", as_text(content)))
                 prompt = ""

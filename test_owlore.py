@@ -850,6 +850,16 @@ def test_sharegpt_conversations_are_those_of_messages():
     assert parse_record({"conversations": turns}) == parse_record(CHAT)
 
 
+def test_a_message_of_weight_0_is_context_alone():
+    question, again = ({"role": "user", "content": text} for text in ("2 + 2?", "Sure?"))
+    wrong, right = ({"role": "assistant", "content": text, "weight": n} for n, text in enumerate(("5", "4")))
+    ((prompt, completion),) = parse_record({"messages": [question, wrong, again, right]}).turns
+    headings = "### Instruction:\n{}\n\n### Response:\n"
+    assert (prompt, completion) == (headings.format("2 + 2?") + "5\n\n" + headings.format("Sure?"), "4")
+    with pytest.raises(ValueError, match="no message of an assistant to train on"):
+        parse_record({"messages": [question, wrong]})
+
+
 def test_alpaca_arc_and_chat_records():
     alpaca = parse_record({"instruction": "Say hi", "input": "to Bo", "output": "hi Bo"})
     assert alpaca.turns[0][0].endswith(
@@ -2749,19 +2759,19 @@ def test_embeddings_and_norms_learn_at_rates_of_their_own(what, base, checkpoint
 
 
 def test_bf16_weights_end_where_fp32_ones_do(tmp_path, monkeypatch):
-    """At this learning rate most updates are below bf16's resolution: rounding to nearest loses them, and 13 % of the loss."""
-    records = json.loads((TINY / "val.json").read_text())[:20]
+    """At this learning rate most updates are below bf16's resolution: rounding to nearest loses them, and 7 % of the loss."""
+    records = json.loads((TINY / "val.json").read_text())[:8]
     (tmp_path / "val.json").write_text(json.dumps([{**record, "answer": ""} for record in records]))  # no accuracy
 
     def final_loss(name: str, dtype: str) -> float:
         line = f"--ckpt {TINY} --data {TINY / 'train.json'} --val-data {tmp_path / 'val.json'} --out {tmp_path / name}"
-        flags = "--steps 12 --batch-size 2 --eval-every 12 --lr 3e-4 --no-residual"
+        flags = "--steps 8 --batch-size 1 --seq-len 48 --eval-every 8 --lr 3e-4 --no-residual"
         return train_run(f"{line} {flags} --dtype {dtype}")[-1]["val_loss"]
 
     fp32, bf16 = final_loss("fp32", "fp32"), final_loss("bf16", "bf16")
     monkeypatch.setattr(owlore, "stochastic_round", lambda x, noise: x.to(torch.bfloat16))
     nearest = final_loss("nearest", "bf16")
-    assert abs(bf16 / fp32 - 1) < 0.01 and abs(nearest / fp32 - 1) > 0.1
+    assert abs(bf16 / fp32 - 1) < 0.01 and abs(nearest / fp32 - 1) > 0.05
 
 
 def test_embedded_files_stay_small():
@@ -2870,10 +2880,10 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_if_never_interrupted(base
 
 
 def test_a_signal_saves_and_says_how_to_go_on(base, tmp_path):
-    assert start_cli(f"{base} --steps 30 --out {tmp_path / 'a'}")[0] == 0
+    assert start_cli(f"{base} --steps 15 --out {tmp_path / 'a'}")[0] == 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         out = tmp_path / str(number)
-        code, output = start_cli(f"{base} --steps 30 --out {out}", when=reached(out, 5), number=number)
+        code, output = start_cli(f"{base} --steps 15 --out {out}", when=reached(out, 5), number=number)
         assert code == 128 + number and f"python train.py --resume --out {out}" in output
         assert start_cli(f"--resume --out {out}")[0] == 0
         assert_same_run(tmp_path / "a", out)
