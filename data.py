@@ -186,8 +186,8 @@ class Tokenizer:
         return self.model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids. BOS and EOS are left out."""
-        return self.model.decode([int(i) for i in ids])
+        """The text of token ids. BOS and EOS are left out, and what a model has beyond the tokenizer's vocabulary."""
+        return self.model.decode([int(i) for i in ids if i < self.vocab_size])
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -198,7 +198,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.model.LoadFromSerializedProto(raw)
         self.vocab_size, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.model.unk_id()}
-        self.hf_config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
+        # transformers 5 puts together a LlamaTokenizer's merges in another order than SentencePiece.
+        self.hf_config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "legacy": True}
         self.hf_config |= {key: self.model.id_to_piece(id) for key, id in ids.items() if id >= 0}
 
 
@@ -553,6 +554,8 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
         files["config.json"] = json.dumps(read_json(target / "config.json") | ids, indent=2).encode()
         if not files.keys() & {"tokenizer.json", "tokenizer_config.json"}:
             files["tokenizer_config.json"] = json.dumps(tokenizer.hf_config, indent=2).encode()
+        if not files.keys() & {"tokenizer.json", "tokenizer.model"}:  # the only names that its tools know
+            files["tokenizer.model"] = next(files[name] for name in TOKENIZER_FILES if name in files)
     for name, content in files.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target / name) as file:

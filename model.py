@@ -63,7 +63,7 @@ class ModelConfig:
             value = getattr(self, field.name)
             # JSON writes 10000 for 10000.0, so a float may be an int; and to Python true and false are ints as well.
             good = isinstance(value, field.type | int) and isinstance(value, bool) == (field.type is bool)
-            most = math.inf if field.type is float else 2**31  # rope_theta is 3.6e9 in a LLaMA-3 for a million tokens
+            most = 1e30 if field.type is float else 2**31  # rope_theta is 3.6e9 in a LLaMA-3 for a million tokens
             if not good or not (value is None or isinstance(value, bool) or 0 < value < most):
                 raise ValueError(f"{field.name} is {value!r}, which is not a positive number, or true or false")
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -99,7 +99,7 @@ def rotary(config: ModelConfig, positions: Tensor) -> Tensor:
     """e^(i angle) of the rotary angles (RoFormer, arXiv 2104.09864): pair i at position t turns by t * theta^(-2i/d).
     positions: [T]. Returns complex64 [T, head_dim / 2]."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
+    frequencies = 1.0 / float(config.rope_theta) ** exponents
     if config.use_scaled_rope:
         # LLaMA-3.1: waves that turn fewer than `low` times within the original length are stretched by the factor,
         # those that turn more than `high` times stay, and the ones between are interpolated.
@@ -491,13 +491,14 @@ def read_hf_config(file: Path) -> dict:
     given = [{"rope_type": rope.get("type", "default")} | rope if isinstance(rope, dict) else {"rope_type": rope}
              for rope in given or [{}]]  # fmt: skip
     rope = given[0]
-    said = given[-1] | {key: config[key] for key in ("rope_theta",) if key in config}
+    said = given[-1] | {key: config[key] for key in ("rope_theta", "original_max_position_embeddings") if key in config}
     defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}
     if config.get("model_type") == "mistral":
         defaults |= {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
     config = defaults | config | rope
     supported = {"model_type": ("llama", "mistral"), "hidden_act": ("silu",), "rope_type": ("default", "llama3")}
     supported |= dict.fromkeys(("attention_bias", "mlp_bias", "quantization_config"), (None, False))
+    supported |= {"is_causal": (None, True)} | ({"layer_types": (None,)} if config.get("model_type") == "mistral" else {})
     for key, values in supported.items():
         if config.get(key) not in values:
             raise InputError(
@@ -518,7 +519,7 @@ CHECKPOINT_FILES = {
     "meta": ("params.json",
              "consolidated.*.pth", "consolidated.pth", "consolidated.*.safetensors", "consolidated.safetensors"),
     "hf": ("config.json",
-           "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin"),
+           "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
 }  # fmt: skip
 
 
@@ -553,13 +554,21 @@ def read_checkpoint(path: str | Path) -> tuple[ModelConfig, dict[str, list[Tenso
             if not name.endswith(("rope.freqs", "rotary_emb.inv_freq")):  # which the config gives already
                 pieces.setdefault(name, []).append(tensor)
     if layout == "meta":
-        for name in ("max_batch_size", "dropout", "model_type"):  # settings of training, which do not change the model
-            params.pop(name, None)
+        unused = "max_batch_size", "dropout", "model_type"  # settings of training, which do not change the model
+        params = {name: value for name, value in params.items() if value is not None and name not in unused}
+        if "max_position_embeddings" in params:  # as some of Mistral's say
+            params["max_seq_len"] = params.pop("max_position_embeddings")
         embedding, output = (pieces.get(name, []) for name in ("tok_embeddings.weight", "output.weight"))
         if params.get("vocab_size", -1) == -1:
             params["vocab_size"] = sum(len(shard) for shard in output if shard.dim())
         if output and all(map(torch.equal, embedding, output)):  # LLaMA-3.2 is tied; its raw file holds it twice
             params["tie_word_embeddings"] = True
+            if params.get("use_scaled_rope"):  # by 32, where LLaMA-3.1 has 8, which its params.json does not say
+                params.setdefault("rope_scaling_factor", 32.0)
+    else:
+        embedding, output = (pieces.get(name, []) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+        if output and not all(map(torch.equal, embedding, output)):  # trained apart, whatever the config still says
+            params["tie_word_embeddings"] = False
     try:
         config = ModelConfig(**params)
     except (TypeError, ValueError) as error:
@@ -620,6 +629,13 @@ def load_model(
     return model
 
 
+def config_ends(path: str | Path, kind: str = "") -> list[int]:
+    """The ids that end a text, as Hugging Face's `config.json` (or `generation_config.json`) says, if it does."""
+    file = Path(path) / f"{kind}config.json"
+    ends = read_json(file).get("eos_token_id") if file.is_file() else None
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
 def load(path: str | Path, args: argparse.Namespace, distribute=None) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint folder, on args.device and in args.dtype, None being the device's own."""
     find_checkpoint(Path(path))  # which says what is wrong with the folder, before the tokenizer is missed
@@ -627,12 +643,11 @@ def load(path: str | Path, args: argparse.Namespace, distribute=None) -> tuple[T
     model = load_model(path, args.device, FLAG_DTYPES[dtype], distribute)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(f"{path}: {tokenizer.vocab_size} tokens in tokenizer, {model.config.vocab_size} in model")
-    config = Path(path) / "config.json"
-    ends = read_json(config).get("eos_token_id") if config.is_file() else None
-    if ends is not None and tokenizer.eos_id not in (ends if isinstance(ends, list) else [ends]):
+    ends = config_ends(path)
+    if ends and tokenizer.eos_id not in ends:
         warnings.warn(f"{path}: records will end in token {tokenizer.eos_id} (-1: none), as its tokenizer says; config.json "
-                      f"says {ends}: correct the wrong one; tokens that were added are in tokenizer.json alone, which is read "
-                      "if there is no tokenizer.model", stacklevel=2)  # fmt: skip
+                      f"says {', '.join(map(str, ends))}: correct the wrong one; tokens that were added are in tokenizer.json "
+                      "alone, which is read if there is no tokenizer.model", stacklevel=2)  # fmt: skip
     return model, tokenizer
 
 
@@ -654,6 +669,7 @@ def meta_config(config: ModelConfig) -> dict:
     told = asdict(ModelConfig()) | {
         "hidden_dim": config.swiglu_hidden_dim(), "head_dim": config.dim / config.n_heads, "n_kv_heads": config.n_heads,
         "max_seq_len": config.family_context(), "tie_word_embeddings": config.tie_word_embeddings,  # by the weights
+        "rope_scaling_factor": 32.0 if config.tie_word_embeddings and config.use_scaled_rope else 8.0,
     }  # fmt: skip
     always = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps")
     return {key: value for key, value in asdict(config).items() if key in always or value != told[key]}
@@ -665,7 +681,7 @@ def hf_config(model: Transformer) -> dict:
     if config.use_scaled_rope:
         rope = {"rope_type": "llama3"} | {key: getattr(config, field) for field, key in ROPE_KEYS.items()}
     dtype = str(model.output.weight.dtype).removeprefix("torch.")
-    family = "mistral" if config.sliding_window else "llama"
+    family = "mistral" if config.sliding_window or config.dim % config.n_heads else "llama"  # whose heads must divide it
     return {key: getattr(config, field) for field, key in HF_KEYS.items()} | {
         "architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family, "hidden_act": "silu",
         "rope_scaling": rope if config.use_scaled_rope else None,
@@ -746,11 +762,14 @@ def export_or_continue(args: argparse.Namespace) -> None:
     if args.export:
         if any(Path(args.export).glob("*.safetensors")):
             raise InputError(f"--export {args.export}: holds a checkpoint already; choose another folder")
+        load_tokenizer(args.ckpt)  # which says what is wrong with it, before anything is written
         save_model(load_model(args.ckpt, dtype=FLAG_DTYPES.get(args.dtype)), args.export, "hf")
         copy_tokenizer(args.ckpt, args.export)
         return print(f"saved: {args.export}")
     model, tokenizer = load(args.ckpt, args)
     torch.manual_seed(args.seed)
+    if args.prompt.encode(errors="ignore").decode() != args.prompt:
+        raise InputError("--prompt: not UTF-8 text")
     ids = tokenizer.encode(alpaca_prompt(args.prompt) if args.instruct else args.prompt, bos=True)
     if not ids:
         raise InputError("--prompt: give one, as this tokenizer has no BOS token to begin with")
@@ -762,10 +781,10 @@ def export_or_continue(args: argparse.Namespace) -> None:
     room = model.config.max_seq_len - len(ids)
     if room < 1:
         raise InputError(f"--prompt: {len(ids)} tokens leave no room in the context of {model.config.max_seq_len}")
-    shown = tokenizer.decode(ids)
+    shown, ends = tokenizer.decode(ids), [tokenizer.eos_id, *config_ends(args.ckpt), *config_ends(args.ckpt, "generation_")]
     print(shown, end="", flush=True)
     for token in stream(model, tokens, min(args.max_new_tokens, room), args.temperature, args.top_p):
-        if token.item() == tokenizer.eos_id:
+        if token.item() in ends:
             break
         ids.append(token.item())
         text = tokenizer.decode(ids)

@@ -429,6 +429,39 @@ def test_mistral_raw_safetensors_layout_loads(tmp_path):
     assert_same_model(tmp_path, model)
 
 
+def test_raw_llama3_2_is_stretched_by_32_though_its_params_do_not_say(tmp_path):
+    """meta-llama/llama-models: `use_scaled_rope` alone; Hugging Face's 1B and 3B say 32, and its 3.1 says 8."""
+    for factor, written in ((32.0, False), (8.0, True)):
+        model = build("llama3.2", rope_scaling_factor=factor)
+        save_model(model, tmp_path, "meta")
+        assert ("rope_scaling_factor" in data.read_json(tmp_path / "params.json")) == written
+        assert_same_model(tmp_path, model)
+    save_model(build("llama3.1"), tmp_path, "meta")
+    edit_json(tmp_path / "params.json", "rope_scaling_factor")
+    assert read_checkpoint(tmp_path)[0].rope_scaling_factor == 8
+
+
+def test_settings_of_a_raw_folder_that_say_nothing_or_the_context(tmp_path):
+    model = build("mistral", rope_theta=1e4)
+    save_model(model, tmp_path, "meta")
+    edit_json(tmp_path / "params.json", "max_seq_len", moe=None, rope_theta=None, max_position_embeddings=128)
+    assert_same_model(tmp_path, model)
+    assert read_checkpoint(tmp_path)[0].max_seq_len == 128
+
+
+def test_a_head_that_was_trained_apart_is_kept_though_the_config_says_tied(tmp_path):
+    model = build("llama3")
+    save_model(model, tmp_path, "hf")
+    edit_json(tmp_path / "config.json", tie_word_embeddings=True)
+    assert_same_model(tmp_path, model)
+
+
+def test_an_index_that_was_left_beside_the_whole_file_is_not_read(tmp_path):
+    save_model(build(), tmp_path, "hf")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert_same_model(tmp_path, build())
+
+
 @pytest.mark.parametrize(
     "dropped",
     [("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")],
@@ -441,10 +474,11 @@ def test_config_json_is_read_in_both_spellings(dropped, tmp_path):
     assert_same_model(tmp_path, model)
 
 
-@pytest.mark.parametrize("family", ["llama2", "llama3.1", "llama3.2", "mistral"])
+@pytest.mark.parametrize("family", ["llama2", "llama3.1", "llama3.2", "mistral", "heads that do not divide the width"])
 def test_transformers_computes_the_same_logits_from_our_save(family, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model, tokens = build(family), random_tokens(2, 40)
+    shape = dict(dim=36, n_heads=8, head_dim=6) if "heads" in family else {}
+    model, tokens = build("llama2" if shape else family, **shape), random_tokens(2, 40)
     save_model(model, tmp_path, "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -492,6 +526,7 @@ def test_config_refuses_what_is_not_a_positive_number(field, value):
 
 def test_config_takes_a_rotary_base_beyond_an_integer():
     assert ModelConfig(rope_theta=3580165449).rope_theta == 3580165449  # of a LLaMA-3 for a million tokens
+    assert model_module.rotary(ModelConfig(rope_theta=10**25), torch.arange(3)).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -612,6 +647,8 @@ BAD_CHECKPOINTS = {
     "two thetas": (lambda p: to_hf(p, rope_theta=7e5), "rope"),
     "two ropes": (lambda p: to_hf(p, rope_scaling={"type": "linear", "factor": 4.0}), "rope"),
     "attention bias": (lambda p: to_hf(p, attention_bias=True), "attention_bias"),
+    "attention that looks ahead": (lambda p: to_hf(p, is_causal=False), "is_causal"),
+    "attention by layer": (lambda p: to_hf(p, model_type="mistral", layer_types=["full_attention"]), "layer_types"),
 }  # fmt: skip
 
 
@@ -776,7 +813,7 @@ def test_a_hf_folder_says_what_its_tokenizer_is(name, tmp_path):
     tokenizer, told = load_tokenizer(hf), data.read_json(hf / "tokenizer_config.json")
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     assert data.read_json(hf / "config.json") == {"dim": 64} | ids
-    llama2 = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
+    llama2 = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "legacy": True}
     llama2 |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     llama3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "add_bos_token": True}
     assert told == (llama3 | {"tokenizer_class": "PreTrainedTokenizerFast"} if name == "llama3" else llama2)
@@ -787,6 +824,35 @@ def test_a_hf_folder_says_what_its_tokenizer_is(name, tmp_path):
     assert data.read_json(again / "tokenizer_config.json") == {"its": "own"}
     data.copy_tokenizer(data.TINY, meta)
     assert [path.name for path in meta.iterdir()] == ["tokenizer.model"]
+
+
+@pytest.mark.parametrize("name", ["tiny", "llama2", "mistral"])
+def test_transformers_reads_our_sentencepiece_tokenizers_as_they_are(name, tmp_path):
+    AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
+    pytest.importorskip("google.protobuf", reason="transformers needs it to read SentencePiece's files")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    data.copy_tokenizer(tokenizer_folder(name), tmp_path)
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["x  = 1", "a  b", "    indented", " lead", "a\tb   c    d", "\n\n a\n  b", "caf\u00e9 \u6f22 \U0001f642", "  ", ""]
+    texts += [record["instruction"] for record in json.loads((TINY / "val.json").read_text())]
+    for text in texts:
+        assert theirs(text).input_ids == ours.encode(text)
+
+
+def test_a_tokenizer_under_another_name_is_saved_under_the_one_that_tools_know(tmp_path):
+    source, hf = tmp_path / "source", tmp_path / "hf"
+    source.mkdir()
+    hf.mkdir()
+    shutil.copy(TINY / "tokenizer.model", source / "tokenizer.model.v3")  # as Mistral's own downloads have it
+    (hf / "config.json").write_text("{}")
+    data.copy_tokenizer(source, hf)
+    assert (hf / "tokenizer.model").read_bytes() == (TINY / "tokenizer.model").read_bytes()
+
+
+def test_ids_beyond_the_tokenizers_vocabulary_have_no_text():
+    """As a model may make them: its embedding is often larger."""
+    tokenizer = load_tokenizer(TINY)
+    assert tokenizer.decode([*tokenizer.encode("a b"), tokenizer.vocab_size, 10**6]) == "a b"
 
 
 # Records
@@ -3770,9 +3836,31 @@ def test_export_is_a_copy_in_hugging_faces_layout(layout, tmp_path):
     assert_same_model(out, model)
     assert load_tokenizer(out).encode("a b") == load_tokenizer(TINY).encode("a b")
     before = snapshot(out)
+    (source / "tokenizer.model").unlink()
+    assert_refused(cli(f"--ckpt {source} --export {tmp_path / 'new'}", model_module.main), "tokenizer.json")
+    assert not (tmp_path / "new").exists()
     assert_refused(cli(f"--ckpt {TINY} --export ''", model_module.main), "name a folder")
     assert_refused(cli(f"--ckpt {TINY} --export {out}", model_module.main), "holds a checkpoint")
     assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_continuation_stops_where_hugging_faces_settings_say(file, tmp_path):
+    """As a chat model may end in one of several tokens."""
+    model, tokenizer = build(vocab_size=load_tokenizer(TINY).vocab_size, max_seq_len=256), load_tokenizer(TINY)
+    save_model(model, tmp_path, "hf")
+    data.copy_tokenizer(TINY, tmp_path)
+    line = f"--ckpt {tmp_path} --prompt hi --max-new-tokens 8"
+    ids = torch.tensor(tokenizer.encode("hi"))
+    new = generate(model, ids, 8)[len(ids) :].tolist()
+    assert cli(line, model_module.main)[1].strip() == tokenizer.decode([*ids, *new]).strip()
+    (tmp_path / file).write_text(json.dumps(data.read_json(tmp_path / "config.json") | {"eos_token_id": [2, new[3]]}))
+    first = new.index(new[3])
+    assert cli(line, model_module.main)[1].strip() == tokenizer.decode([*ids, *new[:first]]).strip()
+
+
+def test_a_prompt_that_is_not_utf8_is_refused_in_one_line(checkpoint):
+    assert_refused(cli(f"--ckpt {checkpoint} --prompt caf\udce9", model_module.main), "--prompt")
 
 
 def test_weights_that_are_not_finite_are_told(checkpoint, jsonl):

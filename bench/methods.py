@@ -224,13 +224,21 @@ def cache_of_size(size: int) -> dict[str, dict]:
     return {json.dumps(entry["key"], sort_keys=True): entry["value"] for entry in entries}
 
 
+def known() -> dict[str, dict]:
+    """The cache's values. The file is read again when it has grown: several studies may run at once."""
+    return cache_of_size(CACHE.stat().st_size if CACHE.exists() else 0)
+
+
+def whole_key(args: argparse.Namespace, key: dict) -> dict:
+    return {"ckpt": args.name, "data": Path(args.data).name, "files": args.files, **key}
+
+
 def cached(args: argparse.Namespace, key: dict, compute: Callable[[], dict], finished: bool = False) -> dict:
-    """The cache's value of a key, computed and added where there is none. The file is read again when it has grown:
-    several studies may run at once. Raises Unfinished instead if only finished ones are wanted."""
-    key = {"ckpt": args.name, "data": Path(args.data).name, "files": args.files, **key}
-    known = cache_of_size(CACHE.stat().st_size if CACHE.exists() else 0)
-    if (name := json.dumps(key, sort_keys=True)) in known:
-        return known[name]
+    """The cache's value of a key, computed and added where there is none. Raises Unfinished instead if only finished
+    ones are wanted."""
+    key = whole_key(args, key)
+    if (name := json.dumps(key, sort_keys=True)) in known():
+        return known()[name]
     if finished:
         raise Unfinished
     value = compute()
@@ -261,6 +269,20 @@ def fill(args: argparse.Namespace, flags: dict) -> argparse.Namespace:
     """All flags of a run, train.py's defaults among them."""
     filled = train.flag_parser().parse_args(command_line(args, {**flags, "out": "-"}))
     return train.decide_settings(filled, args.config)
+
+
+def run_key(args: argparse.Namespace, flags: dict, change: str) -> dict:
+    """What the cache knows a run by."""
+    shared = {"steps": args.steps, "epochs": args.epochs, "batch_size": args.batch_size, "seq_len": args.seq_len}
+    where = {"device": args.device, "dtype": args.dtype} if other_than_cpu(args) else {}
+    return {"flags": shared | where | complete(args, flags), "change": change}
+
+
+def cached_rates(args: argparse.Namespace, flags: dict, change: str) -> set[float]:
+    """The learning rates at which these runs are in the cache."""
+    wanted = whole_key(args, run_key(args, flags, change))
+    runs = (key for key in map(json.loads, known()) if "flags" in key)
+    return {key["flags"]["lr"] for key in runs if key | {"flags": key["flags"] | {"lr": None}} == wanted}
 
 
 def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
@@ -295,10 +317,8 @@ def run(args: argparse.Namespace, flags: dict, change: str = "") -> dict:
         }
 
     flags = complete(args, flags)
-    shared = {"steps": args.steps, "epochs": args.epochs, "batch_size": args.batch_size, "seq_len": args.seq_len}
-    where = {"device": args.device, "dtype": args.dtype} if other_than_cpu(args) else {}
     try:
-        result = cached(args, {"flags": shared | where | flags, "change": change}, compute, args.finished)
+        result = cached(args, run_key(args, flags, change), compute, args.finished)
     except Unfinished:
         if args.wanted is not None:
             args.wanted.append((flags, change))
@@ -350,25 +370,28 @@ def run_seeds(args: argparse.Namespace, flags: dict, change: str = "") -> list[d
 
 
 def search(args: argparse.Namespace, name: str, flags: dict, change: str = "", like: Row | None = None) -> Row | None:
-    """Find the best learning rate on seed 0, or take that of the row `like`, and run all seeds at it. With --finished a
-    row may lack rates, seeds or all of its runs (None), and is then added to those that args.missing names."""
+    """Find the best learning rate on seed 0, among those of --lrs, what extends them while the best is at their end, and
+    any others in the cache, or take that of the row `like`; and run all seeds at it. With --finished a row may lack
+    rates, seeds or all of its runs (None), and is then added to those that args.missing names."""
     print(name, flush=True)
     grid, losses = [like.flags["lr"]] if like else sorted(args.lrs), {}
     if flags["method"] == "full" and not like:  # every weight moves: its best rate is lower than the others'
         grid.insert(0, float(f"{grid[0] * grid[0] / grid[1]:.2g}"))
+    others = set() if like else cached_rates(args, flags | {"lr": None, "seed": 0}, change)
     while True:
-        for lr in grid:
+        for lr in sorted(others.union(grid)):
             with contextlib.suppress(Unfinished):
                 if lr not in losses:
                     losses[lr] = run(args, {**flags, "lr": lr, "seed": 0}, change)["loss"][1]
         best = min(losses, key=losses.get, default=None)
-        if like or len(losses) < len(grid) or best not in (grid[0], grid[-1]):
+        lacking, tried = not losses.keys() >= set(grid), sorted(losses)
+        if like or lacking or best not in (tried[0], tried[-1]):
             break
-        beside = grid[1] if best == grid[0] else grid[-2]
+        beside = tried[1] if best == tried[0] else tried[-2]
         grid = sorted([*grid, float(f"{best * best / beside:.2g}")])
     tuned = {**flags, "lr": best}
-    runs = run_seeds(args, tuned, change) if losses and (args.wanted is None or len(losses) == len(grid)) else []
-    if len(losses) < len(grid) or len(runs) < args.seeds:
+    runs = run_seeds(args, tuned, change) if losses and (args.wanted is None or not lacking) else []
+    if lacking or len(runs) < args.seeds:
         args.missing.append(name)
     return Row(name, tuned, sorted(losses), runs, memory(args, flags)) if runs else None
 
@@ -394,7 +417,7 @@ def cells(args: argparse.Namespace, row: Row, reference: Row) -> dict[str, str]:
         "active": f"{filled.active} of {args.config.n_layers}" if method.sampling else "all",
         "interval": str(filled.interval) if method.sampling else "",
         "rank": str(filled.rank) if low_rank else "",
-        "lr (tried)": f"{filled.lr:g} ({row.tried[0]:g} to {row.tried[-1]:g})",
+        "lr (tried)": f"{filled.lr:g} (of {len(row.tried)}, {row.tried[0]:g} to {row.tried[-1]:g})",
         "loss": spread(row.values("loss"), args.seeds),
         f"minus that of {reference.name}": "" if row.name == reference.name else spread(difference, args.seeds, "+.4f"),
         "accuracy, %": ""
@@ -511,19 +534,24 @@ def budget(args: argparse.Namespace) -> str:
         for ways in grids:
             way = largest(args, [base | {"active": active, "rank": rank} for active, rank in ways], limit)
             if way and way not in flags.values():
-                flags[f"owlore, rank {way['rank']}, {owner} memory"] = way
+                drawn = "owlore" if way["active"] < L else "galore"
+                flags[f"{drawn}, rank {way['rank']}, {owner} memory"] = way
+    wide = {
+        "lora": [rivals["lora"] | {"rank": rank} for rank in range(1, args.config.dim)],
+        "all layers, residual": [many_layers(args, L) | HALF | {"rank": rank} for rank in range(1, most + 1)],
+    }
+    for name, ways in wide.items():
+        if way := largest(args, ways, memory(args, rivals["lisa"])["predicted"]):
+            flags[f"{name}, lisa's memory"] = way
     flags["owlore, residual, scale 1, 20 of 32 layers"] = many_layers(args) | RESIDUAL | SLOW_EMBEDDINGS
-    flags["owlore, residual, scale 1, all layers"] = many_layers(args, L) | RESIDUAL
-    flags["owlore, residual, all layers"] = many_layers(args, L) | HALF
-    ways = [many_layers(args, L) | HALF | {"rank": rank} for rank in range(1, most + 1)]
-    if way := largest(args, ways, memory(args, rivals["lisa"])["predicted"]):
-        flags["owlore, residual, all layers, lisa's memory"] = way
-    flags["owlore, residual, train.py's default"] = by_default(args)
+    flags["all layers, residual, scale 1"] = many_layers(args, L) | RESIDUAL
+    flags["all layers, residual"] = many_layers(args, L) | HALF
+    flags["all layers, residual, train.py's default"] = by_default(args)
     flags["full"] = {"method": "full", "embeddings": "frozen"}
     rows = [search(args, name, row) for name, row in flags.items()]
     return f"""Embedding and head are frozen, but in train.py's default and with 20 of 32 layers and the residual projected, at a
-tenth of the rate. OwLore draws its layers ten times in a run; what has all layers active draws none, and
-without a residual is GaLore. As published are 5 of 32 layers at rank dim / 16. Residual: what the projection leaves out
+tenth of the rate. OwLore draws its layers ten times in a run; one that comes back has new bases. What trains all layers draws none,
+and keeps the bases of its first step; without a residual it is GaLore. As published are 5 of 32 layers at rank dim / 16. Residual: what the projection leaves out
 is followed, too, what is projected has scale 0.5, and norms learn at a twentieth of the rate (with scale 1 a tenth).
 
 {compare(args, rows, "lora")}"""
@@ -609,6 +637,7 @@ def projection(args: argparse.Namespace) -> str:
             "residual, norms slower": (RESIDUAL, ""),
             "residual, scale 0.5, norms still slower": (HALF, ""),
             "residual, scale 0.5, norms still slower, twice the rate": (HALF | {"lr": double}, ""),
+            "residual, scale 0.5, norms still slower, new bases every 20 steps": (HALF | {"update_gap": 20}, ""),
             "residual, scale 0.25, norms slowest": (HALF | {"scale": 0.25, "norms_lr_ratio": 0.025}, ""),
             "residual free to grow, norms slower": (RESIDUAL, "growth")}  # fmt: skip
     for name, (flags, change) in ways.items() if rows[0] else ():
@@ -789,9 +818,10 @@ ALL_TASKS, KEPT = "budget, all tasks", ("", "active", "rank", "optimizer state, 
 TITLE = """# Methods and settings compared on {}
 
 Runs of train.py. Loss and accuracy are those on validation data after the run: mean ± standard deviation
-over seeds, which change the order of the data and the layers drawn. Differences are taken seed by seed; one within its
-± shows nothing. A row's learning rate is the best one on seed 0 and on the same validation data, found for all rows in
-the same way. Memory is the peak of a training step with full rows, every tensor counted by bench/memory.py, blocks
+over seeds, which change the order of the data, the layers drawn and LoRA's first A. Differences are taken seed by seed.
+One within its ± shows nothing; at 95 % confidence (a paired t-test) it must be 2.5 times its ± with three seeds, 1.25
+times with five. The error of the validation data, the same for all, is not in them. A row's learning rate is the best
+one on seed 0 and on the same validation data, of as many as the column says: not as many for all. Memory is the peak of a training step with full rows, every tensor counted by bench/memory.py, blocks
 recomputed (the runs, which have memory enough, do not); in models as small as this most of it is activations. Time is
 the least that a run's training steps took (with a ±: the mean), without scoring, evaluating and saving; other work may
 have run beside it.
@@ -857,8 +887,7 @@ def losses_over_memory(name: str, tasks: dict[str, dict[str, dict[str, str]]]) -
         for row, cell in rows.items():
             if state := cell["optimizer state, MiB"]:
                 loss, _, spread = cell["loss"].partition(" ± ")
-                label = f"owlore, rank {cell['rank']:>2}" if row.startswith("owlore") else row
-                label = row if "residual" in row else label
+                label = f"{row.split(', rank')[0]}, rank {cell['rank']:>2}" if ", rank" in row else row
                 numbers = float(state), float(loss.split()[0]), float(spread.split()[0] if spread else 0)
                 groups.setdefault(label, []).append((task, *numbers, cell["active"].split()[0]))
     for n, (label, points) in enumerate(sorted(groups.items())):
