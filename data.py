@@ -539,27 +539,37 @@ def atomic_write(path: Path) -> Iterator:
         partial.unlink(missing_ok=True)
 
 
-def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Copy the tokenizer of a checkpoint folder to another one, with the settings that Hugging Face keeps beside it.
-    If the other folder has Hugging Face's layout, what its tools need to know and the source does not say is added."""
-    source, target = Path(source), Path(target)
-    names = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json",
-             "added_tokens.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
-    files = {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
-    if (target / "config.json").is_file():
-        tokenizer = load_tokenizer(source)
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": -1}
-        said = read_json(source / "config.json") if (source / "config.json").is_file() else {}
-        ids = {key: id for key, id in (ids | said).items() if key in ids and id != -1}  # -1: there is none
-        files["config.json"] = json.dumps(read_json(target / "config.json") | ids, indent=2).encode()
-        if not files.keys() & {"tokenizer.json", "tokenizer_config.json"}:
-            files["tokenizer_config.json"] = json.dumps(tokenizer.hf_config, indent=2).encode()
-        if not files.keys() & {"tokenizer.json", "tokenizer.model"}:  # the only names that its tools know
-            files["tokenizer.model"] = next(files[name] for name in TOKENIZER_FILES if name in files)
-    for name, content in files.items():
+def tokenizer_files(source: str | Path) -> dict[str, bytes]:
+    """What a checkpoint folder knows of its tokenizer: files by name, with the settings that Hugging Face keeps beside it."""
+    names = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+             "chat_template.jinja", "generation_config.json", "config.json")  # fmt: skip
+    return {name: (Path(source) / name).read_bytes() for name in names if (Path(source) / name).is_file()}
+
+
+def copy_tokenizer(source: str | Path | dict[str, bytes], target: str | Path) -> None:
+    """Copy the tokenizer of a checkpoint folder, or its `tokenizer_files`, to another folder. If that one has Hugging
+    Face's layout, what its tools need to know and the source does not say is added."""
+    files, target = dict(source) if isinstance(source, dict) else tokenizer_files(source), Path(target)
+    said, config = json.loads(files.pop("config.json", "{}")), target / "config.json"
+
+    def write(name: str, content: bytes) -> None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target / name) as file:
             file.write(content)
+
+    for name, content in files.items():
+        write(name, content)
+    if config.is_file():
+        said = {key: said[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if said.get(key, -1) != -1}
+        write("config.json", json.dumps(read_json(config) | said, indent=2).encode())  # it may say what BOS and EOS are
+        tokenizer = load_tokenizer(target)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        ids = {key: id for key, id in ids.items() if id != -1}  # -1: there is none
+        write("config.json", json.dumps(read_json(config) | ids | said, indent=2).encode())
+        if not files.keys() & {"tokenizer.json", "tokenizer_config.json"}:
+            write("tokenizer_config.json", json.dumps(tokenizer.hf_config, indent=2).encode())
+        if not files.keys() & {"tokenizer.json", "tokenizer.model"}:  # the only names that its tools know
+            write("tokenizer.model", next(files[name] for name in TOKENIZER_FILES if name in files))
 
 
 def at_least(least: float, kind: type = int, most: float = 2**31 - 1) -> Callable[[str], float]:

@@ -197,10 +197,11 @@ class LayerSampler:
 
     def state_dict(self) -> dict:
         """What it takes to draw the same layers again from here."""
-        return {"generator": self.generator.get_state(), "drawn": list(self.drawn)}
+        return {"generator": self.generator.get_state(), "drawn": list(self.drawn), "probabilities": self.probabilities}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was taken, with the layers that were active then."""
+        """Go on where `state_dict` was taken, with the layers that were active then, and its probabilities."""
+        self.probabilities = state.get("probabilities", self.probabilities).cpu()  # older states have none
         self.generator.set_state(state["generator"].cpu())
         self.activate(list(state["drawn"]) or list(range(len(self.layers))))  # before the first draw all were active
         self.drawn = list(state["drawn"])

@@ -833,7 +833,17 @@ def test_transformers_reads_our_sentencepiece_tokenizers_as_they_are(name, tmp_p
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     data.copy_tokenizer(tokenizer_folder(name), tmp_path)
     ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    texts = ["x  = 1", "a  b", "    indented", " lead", "a\tb   c    d", "\n\n a\n  b", "caf\u00e9 \u6f22 \U0001f642", "  ", ""]
+    texts = [
+        "x  = 1",
+        "a  b",
+        "    indented",
+        " lead",
+        "a\tb   c    d",
+        "\n\n a\n  b",
+        "caf\u00e9 \u6f22 \U0001f642",
+        "  ",
+        "",
+    ]
     texts += [record["instruction"] for record in json.loads((TINY / "val.json").read_text())]
     for text in texts:
         assert theirs(text).input_ids == ours.encode(text)
@@ -1564,15 +1574,17 @@ def test_the_sampler_finds_parameters_that_were_replaced_and_refuses_new_ones():
 
 
 def test_sampler_state_continues_the_same_draws():
-    a, b = LayerSampler(blocks(9), torch.ones(9), 3, seed=1), LayerSampler(blocks(9), torch.ones(9), 3, seed=2)
+    a, b = LayerSampler(blocks(9), torch.arange(9) + 1, 3, seed=1), LayerSampler(blocks(9), torch.ones(9), 3, seed=2)
     a.resample()
     b.load_state_dict(pickle.loads(pickle.dumps(a.state_dict())))
     trained = [[p.requires_grad for m in s.layers for p in m.parameters()] for s in (a, b)]
     assert b.drawn == a.drawn and trained[0] == trained[1]
     b.load_state_dict(LayerSampler(blocks(9), torch.ones(9), 3).state_dict())  # taken before anything was frozen
     assert all(p.requires_grad for m in b.layers for p in m.parameters()) and not b.drawn
-    b.load_state_dict(a.state_dict())
+    b.load_state_dict(a.state_dict())  # with the probabilities: scored again after training they would be others
     assert [a.resample() for _ in range(20)] == [b.resample() for _ in range(20)]
+    b.load_state_dict({key: value for key, value in a.state_dict().items() if key != "probabilities"})  # an older one
+    assert a.resample() == b.resample()
 
 
 @pytest.mark.parametrize(
@@ -2914,7 +2926,12 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [*train.METHODS, "owlore --residual --embeddings projected --embeddings-lr-ratio 0.1"]
+    "method",
+    [
+        *train.METHODS,
+        "owlore --residual --embeddings projected --embeddings-lr-ratio 0.1",
+        "lora --embeddings projected",
+    ],
 )
 def test_resuming_continues_bit_for_bit(method, base, tmp_path):
     # in bf16 stochastic rounding draws random numbers; an epoch is 8 steps
@@ -3010,6 +3027,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_taken(how, base, 
         code, text, error = cli(f"--resume --out {out}")
         assert code == 0 and f"{path.parent}" in text and ": damaged" in text, error
         assert_same_run(tmp_path / "a", out)
+        assert (out / "checkpoints/step-0000006.damaged/model/params.json").exists()  # nothing is thrown away
     for path in out.glob("checkpoints/*/state/state.pt"):
         truncate(path, 0.5)
     assert_refused(cli(f"--resume --out {out}"), "every checkpoint is damaged")
@@ -3020,6 +3038,73 @@ def test_checkpoints_of_the_release_before_have_no_checksums_and_are_taken(base,
     for path in tmp_path.glob("run/checkpoints/*/checksums.json"):
         path.unlink()
     assert cli(f"--resume --out {tmp_path / 'run'} --steps 6")[0] == 0
+
+
+def test_lora_goes_on_only_from_the_weights_it_began_with(base, checkpoint, tmp_path):
+    """Which it reads again from --ckpt, as it saves merged ones; they may have moved."""
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    line = f"{base} --method lora --embeddings full --lr 0.01"
+    train_run(f"{line} --steps 6 --out {tmp_path / 'a'}")
+    train_run(f"{line} --steps 6 --save-every 3 --keep 9 --out {out}")
+    shutil.rmtree(out / "checkpoints/step-0000006")
+    checkpoint.rename(moved)
+    assert_refused(cli(f"--resume --out {out}"), "no such folder")
+    save_model(build(vocab_size=load_tokenizer(TINY).vocab_size, max_seq_len=256, n_layers=3), checkpoint, "meta")
+    edit_tensors(checkpoint, norm__weight=torch.full((64,), 2.0))
+    data.copy_tokenizer(TINY, checkpoint)
+    assert_refused(cli(f"--resume --out {out}"), "not the weights that this run began with")
+    train_run(f"--resume --out {out} --ckpt {moved}")
+    assert_same_run(tmp_path / "a", out)
+
+
+def test_a_first_loss_that_is_not_finite_does_not_hide_a_divergence(base, tmp_path, monkeypatch):
+    step, losses = train.training_step, iter([math.inf])
+    monkeypatch.setattr(train, "training_step", lambda *args: (next(losses, None) or step(*args)[0], 1.0))
+    flags = f"--method full --lr 30 --steps 24 --out {tmp_path / 'run'}"
+    code, _, error = cli(f"{base} {flags}")
+    assert code == 2 and "diverged: the loss is" in error
+
+
+def test_a_run_needs_its_checkpoints_folder_no_more_once_it_has_begun(checkpoint, jsonl, tmp_path):
+    out = tmp_path / "run"
+    line = f"--ckpt {to_hf(checkpoint)} --data {jsonl} --batch-size 4 --steps 12 --save-every 6 --out {out}"
+    evaluate, rows = train.evaluate, []
+
+    def evaluate_and_empty(*args):
+        for path in checkpoint.iterdir():
+            path.unlink()
+        rows.append(evaluate(*args))
+        return rows[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "evaluate", evaluate_and_empty)
+        train_run(line)
+    assert load_tokenizer(out / "model").encode("a b") == load_tokenizer(TINY).encode("a b")
+    train_run(f"--resume --out {out} --steps 14")
+
+
+def test_a_folder_without_links_is_told_before_a_run_begins(base, tmp_path, monkeypatch):
+    def symlink_to(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", symlink_to)
+    assert_refused(cli(f"{base} --steps 1 --out {tmp_path / 'run'}"), "no link can be made")
+    monkeypatch.undo()
+    train_run(f"{base} --steps 1 --out {tmp_path / 'run'}")
+
+
+def test_a_line_that_was_half_written_is_taken_back(tmp_path):
+    room = 60
+
+    class Full(io.FileIO):
+        def write(self, line):
+            return super().write(line[: max(0, room - self.tell())])
+
+    with Full(tmp_path / "metrics.jsonl", "a") as metrics:
+        for step in range(4):
+            room += 100 * (step == 3)
+            train.log(metrics, step=step, loss=1.0)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 3]
 
 
 def test_any_flipped_byte_of_a_checkpoint_is_noticed(base, tmp_path):
@@ -3491,15 +3576,15 @@ def test_only_the_newest_checkpoints_are_kept(base, tmp_path):
 
 
 def test_what_a_killed_save_left_does_not_count_as_a_checkpoint(checkpoint, tmp_path):
-    out, model = tmp_path / "run", load_model(checkpoint)
+    out, model, files = tmp_path / "run", load_model(checkpoint), data.tokenizer_files(checkpoint)
     for name in ("step-0000010.tmp", "step-0000025"):  # half written; whole, but never linked
         (out / "checkpoints" / name / "state").mkdir(parents=True)
     for step in (10, 20, 23):
-        train.save_checkpoint(out, settings_of("--keep", 1, "--ckpt", checkpoint), model, {"step": step})
+        train.save_checkpoint(out, settings_of("--keep", 1, "--ckpt", checkpoint), model, files, {"step": step})
         assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{step:07}"]
         assert train.load_state(out)["step"] == step
     (out / "checkpoints/step-0000023-copy-1").mkdir()  # the user's
-    train.save_checkpoint(out, settings_of("--keep", 1, "--ckpt", checkpoint), model, {"step": 30})
+    train.save_checkpoint(out, settings_of("--keep", 1, "--ckpt", checkpoint), model, files, {"step": 30})
     assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-0000030", "step-0000023-copy-1"}
     assert train.load_state(out)["step"] == 30
     shutil.rmtree(out / "checkpoints")

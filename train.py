@@ -20,6 +20,7 @@ if __name__ == "__main__":  # already here, as importing torch takes its seconds
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import io
 import itertools
@@ -47,6 +48,7 @@ from tqdm import tqdm
 import owlore
 from data import TINY, Dataset, InputError, at_least, atomic_write, build_validation
 from data import command, common_beginning, copy_tokenizer, grouped, lay_out, load_records, read_json, split_records
+from data import tokenizer_files
 from model import CHUNK, ModelConfig, Transformer, add_lora, load, read_checkpoint, require_device, save_model
 from owlore import LayerSampler, ProjectedAdam, outlier_distribution, sampling_probabilities
 
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     join_processes(args)  # if --offload has just been decided
     lock = claim(args) if args.resume and not rank() else None  # before anything in the folder is read
     state = load_state(Path(args.out)) if args.resume else {}
-    model, data, validation = load_inputs(args, state)
+    model, tokenizer, data, validation = load_inputs(args, state)
     if args.eval_only:
         result = require_finite(evaluate(model, validation, args), args.ckpt, args)
         return print(f"{args.ckpt} on {args.val_data}: {describe(result)}")
@@ -112,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {args.device}, {args.dtype}{shared}")
 
     step, skipped, bad = state.get("step", 0), state.get("skipped", 0), 0
+    base = first_values(args.ckpt) if args.method == "lora" else None  # which is read again when it is resumed
     before, after, limit, measured = map(state.get, ("before", "after", "limit", "measured"))  # measured: at which step
     checksum = zlib.crc32(validation.ids)
     begins = not state or state.get("validation", checksum) != checksum  # or goes on with other --val-data
@@ -140,8 +143,8 @@ def run(args: argparse.Namespace) -> None:
             batches, tokens = step_batches(data, args, step)
             loss, norm = training_step(model, optimizer, batches, args.max_grad_norm)
             step += 1
-            limit = limit or far_above(max(before["val_loss"], loss), model.config.vocab_size)
             finite, seconds = math.isfinite(loss + norm), time.perf_counter() - began
+            limit = limit or far_above(max(before["val_loss"], loss if finite else 0), model.config.vocab_size)
             skipped += not finite
             bad = 0 if finite and loss <= limit else bad + 1
             row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped, "seconds": seconds,
@@ -161,9 +164,9 @@ def run(args: argparse.Namespace) -> None:
                 require_health(model, validation, limit, bad * lost, args, out)
                 now = {"step": step, "steps": steps, "skipped": skipped, "limit": limit, "before": before,
                        "after": after, "measured": measured, "outliers": outliers, "logged": metrics.tell(),
-                       "data": zlib.crc32(data.ids), "validation": checksum, **training_state(model, optimizer, sampler)}  # fmt: skip
+                       "base": base, "data": zlib.crc32(data.ids), "validation": checksum, **training_state(model, optimizer, sampler)}  # fmt: skip
                 began = time.perf_counter()
-                save_checkpoint(out, args, model, now)
+                save_checkpoint(out, args, model, tokenizer, now)
                 save_at = time.perf_counter() + max(SAVE_SECONDS, (time.perf_counter() - began) / SAVE_SHARE)
     if step < steps:
         print(f"stopped at step {step} of {steps}; to go on: {resume_command(out)}")
@@ -453,7 +456,7 @@ def flag_parser() -> argparse.ArgumentParser:
     add("--epochs", type=at_least(1), default=1, help="default: %(default)s")
     add("--steps", type=at_least(1), help="optimizer steps; overrides --epochs. With --resume either may be another number than before")
     add("--eval-every", type=at_least(1), help="steps between evaluations (default: a quarter of the run)")
-    add("--save-every", type=at_least(1), help=f"steps between checkpoints (default: {SAVE_SECONDS // 60} minutes, and at the end)")
+    add("--save-every", type=at_least(1), help=f"steps between checkpoints (default: {SAVE_SECONDS // 60} minutes, or more if saving takes long, and at the end)")
     add("--keep", type=at_least(1), default=2, help="checkpoints to keep (default: %(default)s, the newest)")
     add("--dtype", choices=("bf16", "fp32"), help="of weights and activations (default: bf16 on cuda, fp32 elsewhere)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
@@ -478,7 +481,7 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
             raise InputError(f"{file}: damaged, or of a newer train.py; the checkpoints beside it are still usable")
         begun_with = argparse.Namespace(**saved | {"resume": True, "out": args.out, "epochs": None, "steps": None})
         args = parser.parse_args(namespace=begun_with)  # which flags that are given override
-        for name in saved.keys() - MAY_CHANGE:
+        for name in saved.keys() - MAY_CHANGE - ({"ckpt"} if saved.get("method") == "lora" else set()):
             if (value := getattr(args, name)) != saved[name]:
                 flag = name.replace("_", "-")
                 flag = f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag} {value}"
@@ -492,8 +495,13 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def read_config(args: argparse.Namespace) -> ModelConfig:
     """That of --ckpt, or if it has gone since the run began, of what the run has saved."""
-    ckpt, saved = Path(args.ckpt), Path(args.out or "") / "model"
-    return read_checkpoint(saved if args.resume and saved.exists() and not ckpt.is_dir() else ckpt)[0]
+    saved = Path(args.out or "") / "model"
+    try:
+        return read_checkpoint(args.ckpt)[0]
+    except InputError:
+        if args.resume and saved.exists():
+            return read_checkpoint(saved)[0]
+        raise
 
 
 def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
@@ -585,13 +593,19 @@ def claim(args: argparse.Namespace) -> IO[str]:
         if not out.is_dir() and os.path.lexists(out):
             problem = "is a file, or a link to nothing"
         # A run that was killed before it began leaves no more than these.
-        elif begun or not out.is_dir() or {path.name for path in out.iterdir()} <= {".lock", "args.json.tmp"}:
+        elif (
+            begun
+            or not out.is_dir()
+            or {path.name for path in out.iterdir()} <= {".lock", ".link", ".link.tmp", "args.json.tmp"}
+        ):
             out.mkdir(parents=True, exist_ok=True)
             lock = open(out / ".lock", "w")
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for half_written in out.glob("checkpoints/step-*.tmp"):
                     shutil.rmtree(half_written, ignore_errors=True)
+                replace_link(out / ".link", "there are links here")  # else it would be missed at the first checkpoint
+                (out / ".link").unlink()
                 return lock
             problem = "another run is writing there"
         if args.out:
@@ -618,13 +632,16 @@ def run_folder(args: argparse.Namespace, lock: IO[str] | None, state: dict) -> I
 
 def log(metrics: IO[bytes], **row) -> None:
     """Append one object. A full disk costs the log, not the run."""
+    line, end = json.dumps(row).encode() + b"\n", metrics.tell()
     try:
-        metrics.write(json.dumps(row).encode() + b"\n")
+        if metrics.write(line) < len(line):  # all that there was room for
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
+        metrics.truncate(end)
         tqdm.write(f"metrics.jsonl: {error.strerror}; step {row['step']} is not logged")
 
 
-def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, state: dict) -> None:
+def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, tokenizer: dict, state: dict) -> None:
     """Write checkpoints/step-N beside the others, and point `latest` to it once it is complete and on disk; then remove
     all but the --keep newest. Raises InputError if that fails: what was there is kept."""
     if rank():  # it gives its rows to the first process, which writes
@@ -632,14 +649,13 @@ def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, sta
         if gather(None)[0]:
             sys.exit(2)
         return
-    source = out / "model" if (out / "model").exists() else args.ckpt  # which may be gone when a run is resumed
     folder = out / "checkpoints" / f"step-{state['step']:07}"
     new, problem = folder.with_suffix(".tmp"), None
     shutil.rmtree(new, ignore_errors=True)
     try:
         save_model(model, new / "model", model.layout)
         (new / "state").mkdir()
-        copy_tokenizer(source, new / "model")
+        copy_tokenizer(tokenizer, new / "model")
         with atomic_write(new / "state" / "state.pt") as file:
             torch.save(state, file)
         (new / CHECKSUMS).write_text(json.dumps(checksums(new), indent=1))
@@ -651,7 +667,7 @@ def save_checkpoint(out: Path, args: argparse.Namespace, model: Transformer, sta
         shutil.rmtree(new, ignore_errors=True)
         problem = (f"--out {out}: step {state['step']} could not be saved ({error}): it takes "
                    f"{in_words(checkpoint_size(model, args))}, {in_words(shutil.disk_usage(out).free)} are free; "
-                   f"{kept(out)}; when there is space: {resume_command(out)}")  # fmt: skip
+                   f"{kept(out)}; when that is mended: {resume_command(out)}")  # fmt: skip
     gather(problem)
     if problem:
         raise InputError(problem)
@@ -666,18 +682,34 @@ def link(out: Path, folder: Path) -> None:
         if (out / name).is_dir() and not (out / name).is_symlink():
             raise InputError(f"{out / name}: a folder where a run has a link, as scp -r and cp -L leave it; remove latest, "
                              f"model and state in {out}: checkpoints/ has all that is in them")  # fmt: skip
-        (out / f"{name}.tmp").unlink(missing_ok=True)
-        (out / f"{name}.tmp").symlink_to(target)
-        os.replace(out / f"{name}.tmp", out / name)
+        replace_link(out / name, target)
     sync(folder.parent, out)
+
+
+def replace_link(path: Path, target: str | Path) -> None:
+    """Have a link point to the target, in one go. Raises InputError where there are no links."""
+    new = path.with_name(path.name + ".tmp")
+    try:
+        new.unlink(missing_ok=True)
+        new.symlink_to(target)
+        os.replace(new, path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: no link can be made here ({error.strerror}); choose an --out on another disk"
+        ) from None
 
 
 def sync(*paths: Path) -> None:
     """Have files' contents, and the names in folders, on disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that does not sync folders
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def checksums(folder: Path) -> dict[str, int]:
@@ -749,17 +781,24 @@ def require_health(
 
 def load_state(out: Path) -> dict:
     """What the newest checkpoint that is as it was written holds besides weights, {} before the first; `latest` points to
-    it then. Says which ones are damaged. Raises InputError if all are."""
+    it then. Others are set aside, and told. Raises InputError if none is as it was."""
     folders = sorted((out / "checkpoints").glob(STEP), reverse=True)
-    begun = bool(folders) or (out / "latest").is_symlink()
+    begun, changed = bool(folders) or (out / "latest").is_symlink(), []
     while not rank() and folders and (broken := damage(folders[0])):
-        print(f"{folders.pop(0) / broken}: damaged, or only half written: going on from the checkpoint before it")
+        print(f"{folders[0] / broken}: damaged, half written, or changed since it was saved")
+        changed.append(folders.pop(0))
     if not rank() and folders:
         link(out, folders[0])
+        for folder in changed:  # the next checkpoint of that number must not take its place
+            aside = next(p for n in itertools.count() if not (p := folder.with_suffix(f".damaged{n or ''}")).exists())
+            folder.rename(aside)
+            print(f"going on from {folders[0].name}; what is in {folder.name} is kept as {aside}")
     folder = gather(folders[0] if folders else None)[0]  # nobody reads out/model before it is linked
     if not folder:
         if begun:
-            raise InputError(f"{out / 'checkpoints'}: every checkpoint is damaged or gone; choose another --out")
+            raise InputError(
+                f"{out / 'checkpoints'}: every checkpoint is damaged, changed or gone; put back what was changed, or choose another --out"
+            )
         return {}
     path = folder / "state" / "state.pt"
     try:
@@ -784,7 +823,9 @@ def planned_steps(data: Dataset, args: argparse.Namespace, state: dict) -> int:
 
 def training_state(model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> dict:
     """What `restore` takes, besides the saved weights; in the first process with all rows of what is sharded."""
-    adapters = {name: owlore.whole(p.detach()) for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
+    parameters = dict(model.named_parameters())
+    lora = any(name.endswith(".A") for name in parameters)  # whose saved weights are merged, so it goes on from --ckpt
+    adapters = {name: owlore.whole(p.detach()) for name, p in parameters.items() if lora and p.requires_grad}
     state = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, moments in state["state"].items():
@@ -792,7 +833,6 @@ def training_state(model: Transformer, optimizer: ProjectedAdam, sampler: LayerS
         if owlore.is_sharded(p) and "basis" not in moments:
             rows = {key: owlore.whole(value, p) for key, value in moments.items() if isinstance(value, Tensor)}
             state["state"][index] = moments | ({} if rank() else {key: value.cpu() for key, value in rows.items()})
-    # Lora's additions, for the saved weights hold them merged
     return {"adapters": adapters, "optimizer": state, "sampler": sampler and sampler.state_dict()}
 
 
@@ -810,17 +850,18 @@ def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: 
 # Around the loop
 
 
-def load_inputs(args: argparse.Namespace, state: dict) -> tuple[Transformer, Dataset | None, Dataset]:
-    """The model, and what it is trained on (nothing with --eval-only) and validated on. Raises InputError if that is not
-    what a resumed run was reading."""
+def load_inputs(args: argparse.Namespace, state: dict) -> tuple[Transformer, dict, Dataset | None, Dataset]:
+    """The model, its `tokenizer_files`, and what it is trained on (nothing with --eval-only) and validated on. Raises
+    InputError if that is not what a resumed run was reading."""
     if args.val_data:
         records, held_out = [] if args.eval_only else load_records(args.data), load_records(args.val_data)
     else:
         records, held_out = split_records(load_records(args.data), HELD_OUT, HELD_OUT_RECORDS, args.seed)
     torch.manual_seed(args.seed)
     sharded, lora = args.offload or processes() > 1, args.method == "lora"
-    # What lora saves is merged: it goes on from the weights it began with.
-    source = Path(args.out) / "model" if state and not lora else args.ckpt
+    source = Path(args.out) / "model" if state and not lora else args.ckpt  # see training_state
+    if lora and state.get("base") not in (None, first_values(args.ckpt)):
+        raise InputError(f"--ckpt {args.ckpt}: not the weights that this run began with; give their folder")
     model, tokenizer = load(source, args, partial(shard, args=args) if sharded else None)
     if lora and not sharded:
         add_lora(model, args.rank, args.lora_alpha)
@@ -836,7 +877,13 @@ def load_inputs(args: argparse.Namespace, state: dict) -> tuple[Transformer, Dat
         if dataset and (dataset.prompts_cut or dataset.completions_cut):
             print(f"{name}: of {len(dataset.rows)} records {dataset.prompts_cut} had their prompt cut, from the left, and "
                   f"{dataset.completions_cut} their completion, at its end: --seq-len {args.seq_len}")  # fmt: skip
-    return model, data, validation
+    return model, tokenizer_files(Path(args.out) / "model" if state else args.ckpt), data, validation
+
+
+def first_values(ckpt: str) -> int:
+    """CRC-32 of the first values of each weight of a checkpoint, which no two models share."""
+    pieces = sorted(read_checkpoint(ckpt)[1].items())
+    return zlib.crc32(b"".join(t.flatten()[:64].view(torch.uint8).numpy() for _, parts in pieces for t in parts))
 
 
 def shard(model: Transformer, args: argparse.Namespace) -> str:
