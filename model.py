@@ -498,9 +498,9 @@ def read_hf_config(file: Path) -> dict:
     config = defaults | config | rope
     supported = {"model_type": ("llama", "mistral"), "hidden_act": ("silu",), "rope_type": ("default", "llama3")}
     supported |= dict.fromkeys(("attention_bias", "mlp_bias", "quantization_config"), (None, False))
-    supported |= {"is_causal": (None, True)} | (
-        {"layer_types": (None,)} if config.get("model_type") == "mistral" else {}
-    )
+    supported["is_causal"] = (None, True)
+    if config.get("model_type") == "mistral":  # with these it is a Ministral
+        supported["layer_types"] = (None,)
     for key, values in supported.items():
         if config.get(key) not in values:
             raise InputError(
@@ -683,9 +683,8 @@ def hf_config(model: Transformer) -> dict:
     if config.use_scaled_rope:
         rope = {"rope_type": "llama3"} | {key: getattr(config, field) for field, key in ROPE_KEYS.items()}
     dtype = str(model.output.weight.dtype).removeprefix("torch.")
-    family = (
-        "mistral" if config.sliding_window or config.dim % config.n_heads else "llama"
-    )  # whose heads must divide it
+    # LLaMA has no window there, and its heads must divide the width.
+    family = "mistral" if config.sliding_window or config.dim % config.n_heads else "llama"
     return {key: getattr(config, field) for field, key in HF_KEYS.items()} | {
         "architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family, "hidden_act": "silu",
         "rope_scaling": rope if config.use_scaled_rope else None,
@@ -785,10 +784,8 @@ def export_or_continue(args: argparse.Namespace) -> None:
     room = model.config.max_seq_len - len(ids)
     if room < 1:
         raise InputError(f"--prompt: {len(ids)} tokens leave no room in the context of {model.config.max_seq_len}")
-    shown, ends = (
-        tokenizer.decode(ids),
-        [tokenizer.eos_id, *config_ends(args.ckpt), *config_ends(args.ckpt, "generation_")],
-    )
+    ends = [tokenizer.eos_id, *config_ends(args.ckpt), *config_ends(args.ckpt, "generation_")]
+    shown = tokenizer.decode(ids)
     print(shown, end="", flush=True)
     for token in stream(model, tokens, min(args.max_new_tokens, room), args.temperature, args.top_p):
         if token.item() in ends:
