@@ -201,7 +201,7 @@ class LayerSampler:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken, with the layers that were active then, and its probabilities."""
-        self.probabilities = state.get("probabilities", self.probabilities).cpu()  # older states have none
+        self.probabilities = state.get("probabilities", self.probabilities).clone().cpu()  # older states have none
         self.generator.set_state(state["generator"].cpu())
         self.activate(list(state["drawn"]) or list(range(len(self.layers))))  # before the first draw all were active
         self.drawn = list(state["drawn"])
