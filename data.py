@@ -37,11 +37,13 @@ TINY = Path(__file__).parent / "tiny"  # the embedded default: a small checkpoin
 
 class Record(NamedTuple):
     """One example: turns of (prompt, completion), or plain text as the completion of an empty prompt. A multiple-choice
-    record also has its `choices`, the possible completions, of which that of its turn is right."""
+    record also has its `choices`, the possible completions, of which that of its turn is right. The turns whose numbers
+    are in `context` are not learnt."""
 
     turns: list[tuple[str, str]]
     choices: Sequence[str] = ()
     plain: bool = False
+    context: Sequence[int] = ()
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
@@ -77,7 +79,7 @@ def parse_record(record: object) -> Record:
         case {"question": question, "answer": answer}:
             return parse_record(record | {"prompt": alpaca_prompt(as_text(question)), "completion": answer})
         case {"messages": messages} | {"conversations": messages}:
-            return Record(parse_messages(messages, system_prompt(record)))
+            return parse_messages(messages, system_prompt(record))
         case {"text": content}:
             return Record([("", as_text(content))], plain=True)
     raise ValueError(f"unknown record {json.dumps(record)[:60]}; known: instruction + output, input + output, prompt + "
@@ -89,26 +91,25 @@ def system_prompt(record: dict) -> str:
     return as_text(record["system"]) + "\n\n" if record.get("system") else ""
 
 
-def parse_messages(messages: object, prompt: str = "") -> list[tuple[str, str]]:
-    """Turns of a conversation: what precedes an assistant's message is its prompt, under Alpaca's headings. prompt: what
-    precedes them all. A message of `weight` 0 is not trained on (OpenAI's format)."""
-    turns = []
+def parse_messages(messages: object, prompt: str = "") -> Record:
+    """A conversation: what precedes an assistant's message is its prompt, under Alpaca's headings. prompt: what precedes
+    them all. A message of `weight` 0 is context alone (OpenAI's format)."""
+    turns, context = [], []
     for message in messages if isinstance(messages, list) else [None]:
         match message:
             case {"role": "system", "content": content} | {"from": "system", "value": content}:
                 prompt += as_text(content) + "\n\n"
             case {"role": "user", "content": content} | {"from": "human" | "user", "value": content}:
                 prompt += f"### Instruction:\n{as_text(content)}\n\n"
-            case {"role": "assistant", "content": content, "weight": 0}:
-                prompt += f"### Response:\n{as_text(content)}\n\n"
             case {"role": "assistant", "content": content} | {"from": "gpt" | "assistant", "value": content}:
+                context += [len(turns)] * (message.get("weight") == 0)
                 turns.append((prompt + "### Response:\n", as_text(content)))
                 prompt = ""
             case _:
                 raise ValueError("a message has role (system, user, assistant) + content, or from (human, gpt) + value")
-    if not turns:
+    if len(turns) == len(context):
         raise ValueError("has no message of an assistant to train on")
-    return turns
+    return Record(turns, context=context)
 
 
 def as_text(value: object) -> str:
@@ -343,8 +344,9 @@ class Dataset:
                 texts += [text_bos, ids[has_bos:], text_eos[has_eos:]]
                 continue
             row = []
-            for prompt, completion in record.turns:
-                row += encode_turn(tokenizer, prompt, completion, bos=not row, eos=True)
+            for n, (prompt, completion) in enumerate(record.turns):
+                ids = encode_turn(tokenizer, prompt, completion, bos=not row, eos=True)
+                row += [min(i, ~i) for i in ids] if n in record.context else ids
             rows.append(fit(row, seq_len + 1))
             told, left = np.array(row) >= 0, rows[-1] >= 0  # completions, as they were and as they are
             cut += (~left).sum() < (~told).sum(), left.sum() < told.sum()
@@ -560,12 +562,10 @@ def copy_tokenizer(source: str | Path | dict[str, bytes], target: str | Path) ->
     for name, content in files.items():
         write(name, content)
     if config.is_file():
-        said = {key: said[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if said.get(key, -1) != -1}
-        write("config.json", json.dumps(read_json(config) | said, indent=2).encode())  # it may say what BOS and EOS are
         tokenizer = load_tokenizer(target)
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        ids = {key: id for key, id in ids.items() if id != -1}  # -1: there is none
-        write("config.json", json.dumps(read_json(config) | ids | said, indent=2).encode())
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": -1}
+        ids = {key: id for key, id in (ids | said).items() if key in ids and id != -1}  # -1: there is none
+        write("config.json", json.dumps(read_json(config) | ids, indent=2).encode())
         if not files.keys() & {"tokenizer.json", "tokenizer_config.json"}:
             write("tokenizer_config.json", json.dumps(tokenizer.hf_config, indent=2).encode())
         if not files.keys() & {"tokenizer.json", "tokenizer.model"}:  # the only names that its tools know

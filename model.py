@@ -546,7 +546,7 @@ def find_checkpoint(path: Path) -> tuple[str, Path, list[Path]]:
 
 def read_checkpoint(path: str | Path) -> tuple[ModelConfig, dict[str, list[Tensor]]]:
     """A checkpoint folder's config and, under the names in its files, each parameter's memory-mapped pieces: the shards
-    of a tensor-parallel model, else one. No weights are read, except to see whether a raw file holds one matrix twice.
+    of a tensor-parallel model, else one. No weights are read, except to see whether a tied matrix is there twice.
     Raises InputError for files that are missing or damaged, and for other models."""
     layout, file, parts = find_checkpoint(Path(path))
     params = read_json(file) if layout == "meta" else read_hf_config(file)
@@ -569,8 +569,8 @@ def read_checkpoint(path: str | Path) -> tuple[ModelConfig, dict[str, list[Tenso
                 params.setdefault("rope_scaling_factor", 32.0)
     else:
         embedding, output = (pieces.get(name, []) for name in ("model.embed_tokens.weight", "lm_head.weight"))
-        if output and not all(map(torch.equal, embedding, output)):  # trained apart, whatever the config still says
-            params["tie_word_embeddings"] = False
+        if params.get("tie_word_embeddings") and output and not all(map(torch.equal, embedding, output)):
+            params["tie_word_embeddings"] = False  # they were trained apart since
     try:
         config = ModelConfig(**params)
     except (TypeError, ValueError) as error:
@@ -765,14 +765,14 @@ def export_or_continue(args: argparse.Namespace) -> None:
     if args.export:
         if any(Path(args.export).glob("*.safetensors")):
             raise InputError(f"--export {args.export}: holds a checkpoint already; choose another folder")
-        load_tokenizer(args.ckpt)  # which says what is wrong with it, before anything is written
+        load_tokenizer(args.ckpt), config_ends(args.ckpt)  # which say what is wrong, before anything is written
         save_model(load_model(args.ckpt, dtype=FLAG_DTYPES.get(args.dtype)), args.export, "hf")
         copy_tokenizer(args.ckpt, args.export)
         return print(f"saved: {args.export}")
-    model, tokenizer = load(args.ckpt, args)
-    torch.manual_seed(args.seed)
     if args.prompt.encode(errors="ignore").decode() != args.prompt:
         raise InputError("--prompt: not UTF-8 text")
+    model, tokenizer = load(args.ckpt, args)
+    torch.manual_seed(args.seed)
     ids = tokenizer.encode(alpaca_prompt(args.prompt) if args.instruct else args.prompt, bos=True)
     if not ids:
         raise InputError("--prompt: give one, as this tokenizer has no BOS token to begin with")

@@ -201,7 +201,8 @@ class LayerSampler:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken, with the layers that were active then, and its probabilities."""
-        self.probabilities = state.get("probabilities", self.probabilities).clone().cpu()  # older states have none
+        # Older states have none. A copy: what is mapped keeps its file's room on the disk.
+        self.probabilities = state.get("probabilities", self.probabilities).clone().cpu()
         self.generator.set_state(state["generator"].cpu())
         self.activate(list(state["drawn"]) or list(range(len(self.layers))))  # before the first draw all were active
         self.drawn = list(state["drawn"])

@@ -60,7 +60,7 @@ BAD_STEPS = 10  # in a row, or half of a run, end it: those whose loss or gradie
 HEALTH_ROWS = 32  # of validation data at most: enough to tell a model that still works from one that does not
 SAVE_SECONDS, SAVE_SHARE = 15 * 60, 0.05  # the least time between two checkpoints; the most of a run that they may take
 # What may differ when a run is resumed: nothing here changes a step, but for the rate that follows from their number.
-# That --data holds the same tokens its checksum tells.
+# That --data holds the same tokens its checksum tells; of lora, which reads --ckpt again, also that this is the same.
 MAY_CHANGE = "resume out steps epochs save_every keep eval_every micro_batch_size offload device data val_data".split()
 MIN_RANK = 8  # the least default of --rank
 EMBEDDINGS = "tok_embeddings.weight", "output.weight"  # what --embeddings is about: the embedding and the output head
@@ -91,6 +91,9 @@ def run(args: argparse.Namespace) -> None:
     join_processes(args)  # if --offload has just been decided
     lock = claim(args) if args.resume and not rank() else None  # before anything in the folder is read
     state = load_state(Path(args.out)) if args.resume else {}
+    base = first_values(args.ckpt) if args.method == "lora" and not args.eval_only else None  # it is read again later
+    if base and state and state.get("base", base) != base:
+        raise InputError(f"--ckpt {args.ckpt}: not the weights that this run began with; give their folder")
     model, tokenizer, data, validation = load_inputs(args, state)
     if args.eval_only:
         result = require_finite(evaluate(model, validation, args), args.ckpt, args)
@@ -114,7 +117,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.method}: {args.ckpt} on {args.data}, {rows}, {steps} steps, {args.device}, {args.dtype}{shared}")
 
     step, skipped, bad = state.get("step", 0), state.get("skipped", 0), 0
-    base = first_values(args.ckpt) if args.method == "lora" else None  # which is read again when it is resumed
     before, after, limit, measured = map(state.get, ("before", "after", "limit", "measured"))  # measured: at which step
     checksum = zlib.crc32(validation.ids)
     begins = not state or state.get("validation", checksum) != checksum  # or goes on with other --val-data
@@ -144,7 +146,8 @@ def run(args: argparse.Namespace) -> None:
             loss, norm = training_step(model, optimizer, batches, args.max_grad_norm)
             step += 1
             finite, seconds = math.isfinite(loss + norm), time.perf_counter() - began
-            limit = limit or far_above(max(before["val_loss"], loss if finite else 0), model.config.vocab_size)
+            if not limit:
+                limit = far_above(max(before["val_loss"], loss if finite else 0), model.config.vocab_size)
             skipped += not finite
             bad = 0 if finite and loss <= limit else bad + 1
             row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped, "seconds": seconds,
@@ -164,7 +167,8 @@ def run(args: argparse.Namespace) -> None:
                 require_health(model, validation, limit, bad * lost, args, out)
                 now = {"step": step, "steps": steps, "skipped": skipped, "limit": limit, "before": before,
                        "after": after, "measured": measured, "outliers": outliers, "logged": metrics.tell(),
-                       "base": base, "data": zlib.crc32(data.ids), "validation": checksum, **training_state(model, optimizer, sampler)}  # fmt: skip
+                       "base": base, "data": zlib.crc32(data.ids), "validation": checksum,
+                       **training_state(model, optimizer, sampler)}  # fmt: skip
                 began = time.perf_counter()
                 save_checkpoint(out, args, model, tokenizer, now)
                 save_at = time.perf_counter() + max(SAVE_SECONDS, (time.perf_counter() - began) / SAVE_SHARE)
@@ -261,8 +265,11 @@ def parameter_sizes(model: Transformer, args: argparse.Namespace) -> Iterator[tu
 
 
 def checkpoint_size(model: Transformer, args: argparse.Namespace) -> float:
-    """Bytes of a checkpoint: weights, and the optimizer's state."""
-    return sum(weight + state for _, _, weight, _, state in parameter_sizes(model, args))
+    """Bytes of a checkpoint: weights, and the optimizer's state; of lora also what it trains, not merged."""
+    sizes, lora = parameter_sizes(model, args), args.method == "lora"
+    return sum(
+        weight * (1 + (lora and kind != "frozen" and not inside)) + state for kind, inside, weight, _, state in sizes
+    )
 
 
 def step_memory(model: Transformer, args: argparse.Namespace) -> int:
@@ -495,13 +502,11 @@ def read_settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def read_config(args: argparse.Namespace) -> ModelConfig:
     """That of --ckpt, or if it has gone since the run began, of what the run has saved."""
-    saved = Path(args.out or "") / "model"
-    try:
-        return read_checkpoint(args.ckpt)[0]
-    except InputError:
-        if args.resume and saved.exists():
-            return read_checkpoint(saved)[0]
-        raise
+    saved = sorted(Path(args.out or "").glob(f"checkpoints/{STEP}/model"), reverse=True) if args.resume else []
+    for folder in (args.ckpt, *saved):
+        with contextlib.suppress(InputError):
+            return read_checkpoint(folder)[0]
+    return read_checkpoint(args.ckpt)[0]  # which says what is wrong
 
 
 def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.Namespace:
@@ -626,7 +631,7 @@ def run_folder(args: argparse.Namespace, lock: IO[str] | None, state: dict) -> I
             file.write(json.dumps(vars(args), indent=1).encode())
         gather(args.out)
         with open(out / "metrics.jsonl", "ab", buffering=0) as metrics:
-            metrics.truncate(min(metrics.tell(), state.get("logged", 0)))
+            metrics.seek(metrics.truncate(min(metrics.tell(), state.get("logged", 0))))
             yield out, metrics
 
 
@@ -637,7 +642,7 @@ def log(metrics: IO[bytes], **row) -> None:
         if metrics.write(line) < len(line):  # all that there was room for
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        metrics.truncate(end)
+        metrics.seek(metrics.truncate(end))
         tqdm.write(f"metrics.jsonl: {error.strerror}; step {row['step']} is not logged")
 
 
@@ -796,9 +801,8 @@ def load_state(out: Path) -> dict:
     folder = gather(folders[0] if folders else None)[0]  # nobody reads out/model before it is linked
     if not folder:
         if begun:
-            raise InputError(
-                f"{out / 'checkpoints'}: every checkpoint is damaged, changed or gone; put back what was changed, or choose another --out"
-            )
+            raise InputError(f"{out / 'checkpoints'}: every checkpoint is damaged, changed or gone; put back what was "
+                             "changed, or choose another --out")  # fmt: skip
         return {}
     path = folder / "state" / "state.pt"
     try:
@@ -823,9 +827,12 @@ def planned_steps(data: Dataset, args: argparse.Namespace, state: dict) -> int:
 
 def training_state(model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> dict:
     """What `restore` takes, besides the saved weights; in the first process with all rows of what is sharded."""
-    parameters = dict(model.named_parameters())
-    lora = any(name.endswith(".A") for name in parameters)  # whose saved weights are merged, so it goes on from --ckpt
-    adapters = {name: owlore.whole(p.detach()) for name, p in parameters.items() if lora and p.requires_grad}
+    named, adapters = dict(model.named_parameters()), {}
+    lora = any(name.endswith(".A") for name in named)  # whose saved weights are merged, so it goes on from --ckpt
+    for name, p in named.items() if lora else ():
+        if p.requires_grad:
+            value = owlore.whole(p.detach()).cpu()
+            adapters |= {} if rank() else {name: value}
     state = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, moments in state["state"].items():
@@ -840,7 +847,12 @@ def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: 
     """Go on where a checkpoint's state was taken."""
     # Popped: what is mapped keeps its room on the disk when the checkpoint is removed.
     optimizer.load_state_dict(state.pop("optimizer"))
-    for name, value in state.pop("adapters").items():
+    adapters = state.pop("adapters")
+    if adapters and not adapters.keys() >= {name for name, p in model.named_parameters() if p.requires_grad}:
+        raise InputError(
+            "--resume: this run is of a release that did not save lora's embedding and head; begin it anew"
+        )
+    for name, value in adapters.items():
         p = model.get_parameter(name).detach()
         owlore.own(p).copy_(owlore.own_rows(value, p))
     if sampler:
@@ -860,8 +872,6 @@ def load_inputs(args: argparse.Namespace, state: dict) -> tuple[Transformer, dic
     torch.manual_seed(args.seed)
     sharded, lora = args.offload or processes() > 1, args.method == "lora"
     source = Path(args.out) / "model" if state and not lora else args.ckpt  # see training_state
-    if lora and state.get("base") not in (None, first_values(args.ckpt)):
-        raise InputError(f"--ckpt {args.ckpt}: not the weights that this run began with; give their folder")
     model, tokenizer = load(source, args, partial(shard, args=args) if sharded else None)
     if lora and not sharded:
         add_lora(model, args.rank, args.lora_alpha)

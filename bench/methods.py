@@ -14,7 +14,7 @@
     packing     one record a row, or as many as fit, at equal tokens
 
 Every row of a table has its own learning rate: the best on seed 0 out of --lrs, a grid that is extended as long as the
-best is at its end. All seeds then run at that one. A finished run is kept in bench/results/methods-runs.jsonl, with the
+best is at its end, and of any others at which there is a finished run. All seeds then run at that one. A finished run is kept in bench/results/methods-runs.jsonl, with the
 commit it was made by, under its flags and a checksum of checkpoint and data: a study that was interrupted goes on where
 it was, and --finished writes the tables of those that are there already, and names what they lack. (Some at scale 0.5,
 by 745c8cd and 59a2716, were made as twice the residual at half the rate: without weight decay that is the same.) --jobs
@@ -550,9 +550,10 @@ def budget(args: argparse.Namespace) -> str:
     flags["full"] = {"method": "full", "embeddings": "frozen"}
     rows = [search(args, name, row) for name, row in flags.items()]
     return f"""Embedding and head are frozen, but in train.py's default and with 20 of 32 layers and the residual projected, at a
-tenth of the rate. OwLore draws its layers ten times in a run; one that comes back has new bases. What trains all layers draws none,
-and keeps the bases of its first step; without a residual it is GaLore. As published are 5 of 32 layers at rank dim / 16. Residual: what the projection leaves out
-is followed, too, what is projected has scale 0.5, and norms learn at a twentieth of the rate (with scale 1 a tenth).
+tenth of the rate. OwLore draws its layers ten times in a run; one that comes back has new bases. What trains all layers
+draws none, and keeps the bases of its first step; without a residual it is GaLore. As published are 5 of 32 layers at
+rank dim / 16. Residual: what the projection leaves out is followed, too, what is projected has scale 0.5, and norms
+learn at a twentieth of the rate (with scale 1 a tenth).
 
 {compare(args, rows, "lora")}"""
 
@@ -821,10 +822,10 @@ Runs of train.py. Loss and accuracy are those on validation data after the run: 
 over seeds, which change the order of the data, the layers drawn and LoRA's first A. Differences are taken seed by seed.
 One within its ± shows nothing; at 95 % confidence (a paired t-test) it must be 2.5 times its ± with three seeds, 1.25
 times with five. The error of the validation data, the same for all, is not in them. A row's learning rate is the best
-one on seed 0 and on the same validation data, of as many as the column says: not as many for all. Memory is the peak of a training step with full rows, every tensor counted by bench/memory.py, blocks
-recomputed (the runs, which have memory enough, do not); in models as small as this most of it is activations. Time is
-the least that a run's training steps took (with a ±: the mean), without scoring, evaluating and saving; other work may
-have run beside it.
+one on seed 0 and on the same validation data, of as many as the column says: not as many for all. Memory is the peak
+of a training step with full rows, every tensor counted by bench/memory.py, blocks recomputed (the runs, which have
+memory enough, do not); in models as small as this most of it is activations. Time is the least that a run's training
+steps took (with a ±: the mean), without scoring, evaluating and saving; other work may have run beside it.
 
 """
 
@@ -848,7 +849,7 @@ def provenance(args: argparse.Namespace) -> str:
     return f"""`python bench/methods.py {shlex.join(words)}`, {datetime.date.today()},
 {"; ".join(sorted(args.machines))}.
 {args.config.n_layers} layers of {args.config.dim} dimensions, {args.dtype}{tf32}; {args.steps or args.epochs} \
-{"steps" if args.steps else "epoch(s)"} of {args.batch_size} rows a step of at most {args.seq_len} tokens; seeds 0 to {args.seeds - 1}; learning rates {lrs}, and what extends them."""
+{"steps" if args.steps else "epoch(s)"} of {args.batch_size} rows a step of at most {args.seq_len} tokens; seeds 0 to {args.seeds - 1}; learning rates {lrs}, what extends them, and others tried."""
 
 
 def overview(name: str, sections: dict[str, str]) -> dict[str, str]:
