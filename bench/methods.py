@@ -888,7 +888,8 @@ def losses_over_memory(name: str, tasks: dict[str, dict[str, dict[str, str]]]) -
         for row, cell in rows.items():
             if state := cell["optimizer state, MiB"]:
                 loss, _, spread = cell["loss"].partition(" ± ")
-                label = f"{row.split(', rank')[0]}, rank {cell['rank']:>2}" if ", rank" in row else row
+                label = f"owlore, rank {cell['rank']:>2}" if row.startswith("owlore, rank") else row
+                label = "galore" if row.startswith("galore") else label
                 numbers = float(state), float(loss.split()[0]), float(spread.split()[0] if spread else 0)
                 groups.setdefault(label, []).append((task, *numbers, cell["active"].split()[0]))
     for n, (label, points) in enumerate(sorted(groups.items())):
