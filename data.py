@@ -145,7 +145,8 @@ def load_records(path: str | Path) -> list[Record]:
     if unread:
         keys = ", ".join(sorted(unread))
         warnings.warn(f"{path}: not read: {keys}; what answers depend on belongs into the prompt", stacklevel=2)
-    full = [record for record in records if any(completion.strip() for _, completion in record.turns)]
+    learnt = ([text for n, (_, text) in enumerate(record.turns) if n not in record.context] for record in records)
+    full = [record for record, texts in zip(records, learnt) if any(map(str.strip, texts))]
     if not full:
         raise InputError(f"{path}: holds no records" + " but with empty completions" * bool(records))
     if empty := len(records) - len(full):

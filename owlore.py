@@ -200,9 +200,13 @@ class LayerSampler:
         return {"generator": self.generator.get_state(), "drawn": list(self.drawn), "probabilities": self.probabilities}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was taken, with the layers that were active then, and its probabilities."""
+        """Go on where `state_dict` was taken, with the layers that were active then, and its probabilities. Raises
+        ValueError for the state of another number of layers."""
         # Older states have none. A copy: what is mapped keeps its file's room on the disk.
-        self.probabilities = state.get("probabilities", self.probabilities).clone().cpu()
+        p = state.get("probabilities", self.probabilities).clone().cpu()
+        if len(p) != len(self.layers) or any(index >= len(p) for index in state["drawn"]):
+            raise ValueError(f"this is the state of a sampler of other than these {len(self.layers)} layers")
+        self.probabilities = p
         self.generator.set_state(state["generator"].cpu())
         self.activate(list(state["drawn"]) or list(range(len(self.layers))))  # before the first draw all were active
         self.drawn = list(state["drawn"])

@@ -926,7 +926,7 @@ def test_sharegpt_conversations_are_those_of_messages():
     assert parse_record({"conversations": turns}) == parse_record(CHAT)
 
 
-def test_a_message_of_weight_0_is_context_alone():
+def test_a_message_of_weight_0_is_context_alone(tmp_path):
     question, again = ({"role": "user", "content": text} for text in ("2 + 2?", "Sure?"))
     wrong, right = ({"role": "assistant", "content": text, "weight": n} for n, text in enumerate(("5", "4")))
     row, both = (Dataset([parse_record({"messages": [question, a, again, right]})], Letters(), 999)[0]
@@ -936,6 +936,9 @@ def test_a_message_of_weight_0_is_context_alone():
     assert letters == [["4"], ["5", "4"]]
     with pytest.raises(ValueError, match="no message of an assistant to train on"):
         parse_record({"messages": [question, wrong]})
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": [question, wrong, again, right | {"content": " "}]}]))
+    with pytest.raises(InputError, match="empty completions"):  # what is left to learn is
+        load_records(tmp_path / "a.json")
 
 
 def test_alpaca_arc_and_chat_records():
@@ -1587,6 +1590,12 @@ def test_sampler_state_continues_the_same_draws():
     assert [a.resample() for _ in range(20)] == [b.resample() for _ in range(20)]
     b.load_state_dict({key: value for key, value in a.state_dict().items() if key != "probabilities"})  # an older one
     assert a.resample() == b.resample()
+    fewer, older = LayerSampler(blocks(4), torch.ones(4), 3), a.state_dict()
+    del older["probabilities"]
+    for sampler, state in ((fewer, a.state_dict()), (a, fewer.state_dict()), (fewer, older | {"drawn": [0, 1, 8]})):
+        with pytest.raises(ValueError, match="other than these"):
+            sampler.load_state_dict(state)
+    assert len(a.probabilities) == 9 and len(fewer.probabilities) == 4
 
 
 @pytest.mark.parametrize(
@@ -2851,7 +2860,7 @@ def test_bf16_weights_end_where_fp32_ones_do(tmp_path, monkeypatch):
     fp32, bf16 = final_loss("fp32", "fp32"), final_loss("bf16", "bf16")
     monkeypatch.setattr(owlore, "stochastic_round", lambda x, noise: x.to(torch.bfloat16))
     nearest = final_loss("nearest", "bf16")
-    assert abs(bf16 / fp32 - 1) < 0.01 and abs(nearest / fp32 - 1) > 0.05
+    assert abs(bf16 / fp32 - 1) < 0.005 and abs(nearest / fp32 - 1) > 0.05
 
 
 def test_embedded_files_stay_small():

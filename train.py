@@ -891,7 +891,7 @@ def load_inputs(args: argparse.Namespace, state: dict) -> tuple[Transformer, dic
 
 
 def first_values(ckpt: str) -> int:
-    """CRC-32 of the first values of each weight of a checkpoint, which no two models share."""
+    """CRC-32 of the first values of each weight of a checkpoint, by which another model is told."""
     pieces = sorted(read_checkpoint(ckpt)[1].items())
     return zlib.crc32(b"".join(t.flatten()[:64].view(torch.uint8).numpy() for _, parts in pieces for t in parts))
 
