@@ -62,6 +62,7 @@ SAVE_SECONDS, SAVE_SHARE = 15 * 60, 0.05  # the least time between two checkpoin
 # What may differ when a run is resumed: nothing here changes a step, but for the rate that follows from their number.
 # That --data holds the same tokens its checksum tells; of lora, which reads --ckpt again, also that this is the same.
 MAY_CHANGE = "resume out steps epochs save_every keep eval_every micro_batch_size offload device data val_data".split()
+LEFT_BEHIND = {".lock", ".link", ".link.tmp", "args.json.tmp"}  # by a run that was killed before it began
 MIN_RANK = 8  # the least default of --rank
 EMBEDDINGS = "tok_embeddings.weight", "output.weight"  # what --embeddings is about: the embedding and the output head
 
@@ -597,19 +598,14 @@ def claim(args: argparse.Namespace) -> IO[str]:
         problem = "holds files already, and only --resume goes on with a run"
         if not out.is_dir() and os.path.lexists(out):
             problem = "is a file, or a link to nothing"
-        # A run that was killed before it began leaves no more than these.
-        elif (
-            begun
-            or not out.is_dir()
-            or {path.name for path in out.iterdir()} <= {".lock", ".link", ".link.tmp", "args.json.tmp"}
-        ):
+        elif begun or not out.is_dir() or {path.name for path in out.iterdir()} <= LEFT_BEHIND:
             out.mkdir(parents=True, exist_ok=True)
             lock = open(out / ".lock", "w")
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for half_written in out.glob("checkpoints/step-*.tmp"):
                     shutil.rmtree(half_written, ignore_errors=True)
-                replace_link(out / ".link", "there are links here")  # else it would be missed at the first checkpoint
+                replace_link(out / ".link", ".")  # else it would be missed at the first checkpoint
                 (out / ".link").unlink()
                 return lock
             problem = "another run is writing there"
