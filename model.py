@@ -222,7 +222,8 @@ class Transformer(nn.Module):
         self.config = config
         self.layout = "meta"  # of the checkpoint that it was loaded from
         self.checkpoint_blocks = False  # recompute each block's activations in the backward pass, do not store them
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        # nn.Embedding(V, dim) draws numbers, which for a model without memory ("meta") has torch import its compiler.
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config)
         self.output = Linear(config.dim, config.vocab_size)
@@ -620,7 +621,7 @@ def load_model(
         if layout == "hf" and name.endswith(("wq.weight", "wk.weight")):
             weight = permute_rotary(weight, config.head_dim, to_hf=False)
         if not distribute:
-            parameter = torch.empty_like(parameter, device=device)
+            parameter = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(parameter)
         own(parameter).copy_(own_rows(weight, parameter))
     if config.tie_word_embeddings and not distribute:

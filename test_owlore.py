@@ -1291,14 +1291,15 @@ def test_each_target_is_predicted_from_what_stands_before_it_in_its_row_and_noth
             begin += T
     assert layout.unpad(layout.pad(tokens)).tolist() == tokens.tolist()
     found, parts = [], iter(torch.stack([readers, targets], 1).split(counts))
+    tokens, positions, places, sees = (x.tolist() for x in (tokens, layout.positions, places, sees))  # quicker to walk
     for rows in examples:
         common = next(parts)
         for _, part in zip(rows, parts):
             for reader, target in torch.cat([common, part]).tolist():
-                seen = [n for n, place in enumerate(places) if sees[places[reader], place]]
-                seen.sort(key=lambda n: layout.positions[n])
-                assert layout.positions[seen].tolist() == list(range(layout.positions[reader] + 1))[-len(seen) :]
-                found.append([*tokens[seen].tolist(), target])
+                seen = [n for n, place in enumerate(places) if sees[places[reader]][place]]
+                seen.sort(key=positions.__getitem__)
+                assert [positions[n] for n in seen] == list(range(positions[reader] + 1))[-len(seen) :]
+                found.append([*(tokens[n] for n in seen), target])
     expected = []
     for row in itertools.chain(*examples):
         plain = np.where(row < 0, ~row, row).tolist()
@@ -2687,7 +2688,7 @@ def test_micro_batches_do_not_change_a_run(method, base, tmp_path):
     sampled = "--active 2 --interval 3" if method.startswith(("owlore", "lisa")) else ""
     low_rank = "--rank 4" if "--rank" not in method else ""
     runs = []
-    for size in (8, 1):
+    for size in (8, 3):
         line = f"{base} --steps 7 --batch-size 8 --update-gap 3 --eval-every 7 {low_rank} --method {method} {sampled}"
         rows = train_run(f"{line} --lr 3e-3 --micro-batch-size {size} --out {tmp_path / str(size)}")
         runs.append((load_model(tmp_path / str(size) / "model").state_dict(), [r["loss"] for r in rows if "loss" in r]))
@@ -2814,9 +2815,11 @@ def test_outlier_chart_command(checkpoint, jsonl):
 
 
 def test_embedded_default_learns(tmp_path):
-    before, after = (r for r in train_run(f"--steps 72 --eval-every 72 --out {tmp_path / 'run'}") if "val_loss" in r)
+    """In a sixth of its steps, so at a larger rate."""
+    rows = train_run(f"--steps 30 --lr 2e-2 --eval-every 30 --out {tmp_path / 'run'}")
+    before, after = (r for r in rows if "val_loss" in r)
     assert after["val_loss"] < before["val_loss"] / 10
-    assert before["val_accuracy"] < 0.35 and after["val_accuracy"] > 0.45  # 120 questions with four answers each
+    assert before["val_accuracy"] < 0.35 and after["val_accuracy"] > 0.55  # 120 questions with four answers each
 
 
 def test_the_embedded_example_draws_layers_and_trains_its_embeddings_at_the_whole_rate():
@@ -2849,11 +2852,13 @@ def test_embeddings_and_norms_learn_at_rates_of_their_own(what, base, checkpoint
 
 def test_bf16_weights_end_where_fp32_ones_do(tmp_path, monkeypatch):
     """At this learning rate most updates are below bf16's resolution: rounding to nearest loses them, and 7 % of the loss."""
-    records = json.loads((TINY / "val.json").read_text())[:8]
-    (tmp_path / "val.json").write_text(json.dumps([{**record, "answer": ""} for record in records]))  # no accuracy
+    for name in ("train", "val"):
+        records = json.loads((TINY / f"{name}.json").read_text())[:8]
+        few = json.dumps([{**record, "answer": ""} for record in records])  # no accuracy
+        (tmp_path / f"{name}.json").write_text(few)
 
     def final_loss(name: str, dtype: str) -> float:
-        line = f"--ckpt {TINY} --data {TINY / 'train.json'} --val-data {tmp_path / 'val.json'} --out {tmp_path / name}"
+        line = f"--ckpt {TINY} --data {tmp_path}/train.json --val-data {tmp_path}/val.json --out {tmp_path / name}"
         flags = "--steps 8 --batch-size 1 --seq-len 48 --eval-every 8 --lr 3e-4 --no-residual"
         return train_run(f"{line} {flags} --dtype {dtype}")[-1]["val_loss"]
 
@@ -2946,12 +2951,12 @@ def assert_same_run(a: Path, b: Path) -> None:
 )
 def test_resuming_continues_bit_for_bit(method, base, tmp_path):
     # in bf16 stochastic rounding draws random numbers; an epoch is 8 steps
-    line = f"{base} --batch-size 8 --steps 14 --method {method} --dtype bf16 --micro-batch-size 3 --update-gap 2 --save-every 5"
+    line = f"{base} --batch-size 8 --steps 10 --method {method} --dtype bf16 --micro-batch-size 4 --update-gap 2 --save-every 3"
     line += " --active 1 --interval 3" if method.startswith(("owlore", "lisa")) else ""
     out = tmp_path / "b"
     with ThreadPoolExecutor() as pool:
         whole = pool.submit(start_cli, f"{line} --out {tmp_path / 'a'}")
-        assert start_cli(f"{line} --out {out}", when=reached(out, 7))[0] == -signal.SIGKILL
+        assert start_cli(f"{line} --out {out}", when=reached(out, 5))[0] == -signal.SIGKILL
         code, output = start_cli(f"--resume --out {out}")
     assert code == 0, output
     assert whole.result()[0] == 0
@@ -2960,10 +2965,10 @@ def test_resuming_continues_bit_for_bit(method, base, tmp_path):
 
 def test_killed_at_twenty_random_moments_a_run_ends_as_if_never_interrupted(base, tmp_path):
     """Steps are given, what is done then is not; some kills come while a run starts, as it has logged the step before."""
-    line = f"{base} --steps 80 --save-every 4 --dtype bf16 --eval-every 40 --active 1"
+    line = f"{base} --steps 50 --save-every 4 --dtype bf16 --eval-every 25 --active 1"
     assert start_cli(f"{line} --out {tmp_path / 'a'}")[0] == 0
     random, out = np.random.default_rng(0), tmp_path / "b"
-    for step in sorted(random.integers(1, 71, 20)):
+    for step in sorted(random.integers(1, 46, 20)):
         step_done, pause = reached(out, step), random.uniform(0, 0.02)
         code, output = start_cli(f"{line} --resume --out {out}", when=lambda: step_done() and not time.sleep(pause))
         assert code == -signal.SIGKILL, output
@@ -4015,10 +4020,10 @@ def test_the_memory_benchmark_counts_the_state_of_every_method(method, monkeypat
     import memory
 
     monkeypatch.setattr(memory, "DRAWS", 1)
-    config = ModelConfig(dim=64, n_layers=4, n_heads=4, vocab_size=100)
+    config = ModelConfig(dim=64, n_layers=2, n_heads=4, vocab_size=100)
     flags = f"--ckpt - --data - --method {method} --rank 8 --batch-size 2 --seq-len 8 --device cpu"
     if train.METHODS[method].sampling:
-        flags += " --active 3 --embeddings full"
+        flags += " --active 1 --residual --embeddings full" if method == "owlore" else " --active 1 --embeddings full"
     args = train.decide_settings(train.flag_parser().parse_args(flags.split()), config)
     args.recompute, args.micro_batch_size = True, 1
     counted = memory.measure(config, args)
@@ -4031,7 +4036,7 @@ def test_the_memory_benchmark_counts_the_state_of_every_method(method, monkeypat
     }
     lengths = sum(4 * (max(shape) + 1) for shape in shapes)  # of the rows of N, and the residual's norm
     layer |= {"lisa": layer["full"], "owlore": layer["galore"] + lengths}
-    trained = 3 if train.METHODS[method].sampling else 4
+    trained = 1 if train.METHODS[method].sampling else 2
     assert counted["state"] == trained * layer[method] + ends * (method != "lora")
     assert counted["predicted"] > counted["weights"] + counted["state"]
 
