@@ -42,10 +42,10 @@ def outlier_distribution(
     """The share of outliers in each layer, D_l: OWL's layerwise outlier distribution (arXiv 2310.05175).
 
     model: run once on each of the calibration batches, in eval mode, as `model(batch)`, or `model(**batch)` for a dict.
-    layers: its blocks, whose nn.Linear are scored. threshold: how many times the mean an outlier is; by default what
-    suits the first one's width (`default_threshold`). Returns fp32 [L] on the CPU, fractions in [0, 1]. What does not run
-    as an nn.Linear is not scored, and all positions count, so give batches without padding. Warns if there are no
-    outliers at all. Raises ValueError for a layer without a linear that runs, or without finite scores."""
+    layers: its blocks, whose nn.Linear are scored. threshold: a score of more than so many times its layer's mean is an
+    outlier; by default `default_threshold` of the first one's width. Returns fp32 [L] on the CPU, fractions in [0, 1].
+    What does not run as an nn.Linear is not scored, and all positions count, so give batches without padding. Warns if
+    there are no outliers at all. Raises ValueError for a layer without a linear that runs, or without finite scores."""
     linears = [find_linears(layer) for layer in layers]
     dtypes = {linear.weight.dtype for linear in sum(linears, [])}
     # An fp8 weight, of one byte, has a scale beside it that nn.Linear does not know of.
@@ -109,7 +109,8 @@ def default_threshold(dim: int) -> float:
 
 @torch.no_grad()
 def hill_alpha(weight: Tensor) -> float:
-    """PL_Alpha_Hill, the Hill estimate of a power law's exponent in the spectrum of W; smaller is heavier-tailed.
+    """PL_Alpha_Hill, the Hill estimate of a power law's exponent in the spectrum of W; smaller is heavier-tailed. By it
+    the paper explains outliers; the method does not use it.
 
         alpha = 1 + k / sum_{i=1..k} ln(e_{n-i+1} / e_{n-k}),   k = n / 2
 
@@ -164,7 +165,7 @@ class LayerSampler:
         self.layers, self.active = layers, active
         self.probabilities = p = torch.as_tensor(probabilities).double().cpu()
         # Names, as the parameters themselves may be replaced when the model is wrapped, as by FSDP's fully_shard
-        self.trainable = [[name for name, p in layer.named_parameters() if p.requires_grad] for layer in layers]
+        self.trainable = [[name for name, w in layer.named_parameters() if w.requires_grad] for layer in layers]
         if p.shape != (len(layers),) or not ((p >= 0) & (p < math.inf)).all():
             raise ValueError(f"{len(layers)} layers need as many probabilities, finite and none of them negative")
         if not 1 <= active <= len(layers):
@@ -176,12 +177,12 @@ class LayerSampler:
 
     def resample(self) -> list[int]:
         """Draw anew. Returns the drawn layers, sorted; only they require gradients now."""
-        # 1e-30 is never drawn while `active` layers have a real probability, and makes the rest equal if not.
+        # Layers of 1e-30 are drawn only for places that those of a real probability leave, and then uniformly.
         p = self.probabilities.clamp(min=1e-30)
         self.activate(sorted(torch.multinomial(p, self.active, generator=self.generator).tolist()))
         return self.drawn
 
-    def activate(self, drawn: list[int]) -> None:
+    def activate(self, drawn: Sequence[int]) -> None:
         """Freeze all layers but these. A frozen layer keeps no gradient. Raises RuntimeError if the layers have other
         parameters to train than when the sampler was made."""
         layers = [dict(layer.named_parameters()) for layer in self.layers]
@@ -208,14 +209,14 @@ class LayerSampler:
             raise ValueError(f"this is the state of a sampler of other than these {len(self.layers)} layers")
         self.probabilities = p
         self.generator.set_state(state["generator"].cpu())
-        self.activate(list(state["drawn"]) or list(range(len(self.layers))))  # before the first draw all were active
+        self.activate(state["drawn"] or range(len(self.layers)))  # before the first draw all were active
         self.drawn = list(state["drawn"])
 
 
 # 3. Project
 
-# The norm of a residual is at most MAX_GROWTH times that of the step before, which counts as LEAST |N| or more, so that
-# it can grow from nothing.
+# The norm of a residual is at most MAX_GROWTH times the larger of the last one and LEAST |N|, so that it can grow from
+# nothing.
 MAX_GROWTH, LEAST = 1.01, 0.1
 
 
@@ -239,13 +240,13 @@ class ProjectedAdam(torch.optim.Optimizer):
 
         S = G - R P^T,  W_i = W_i - lr (|N_i| / |R_i|) S_i        (without `scale`)
 
-    to no more than sqrt(n), the length of Adam's first step for all of G_i (sqrt(m) if m < n), and from the second step
-    on the norm of it all grows by 1 % at most, or to a tenth of |N|. |N_i| is that of the step before (sqrt(rank) in
-    the first), so it need not wait for N.
+    to no more than sqrt(n), the length of Adam's first step for all of G_i (sqrt(m) if m < n). From the second step on
+    the norm of it all is at most 1.01 times the larger of its last one and |N| / 10. |N_i| and |N| are those of the
+    step before (|N_i| = sqrt(rank) in the first), so it need not wait for N.
 
-    A matrix whose gradient is zero or not finite when a new P is due stays as it is, and P stays due. Whoever skips
-    `step` leaves everything as it was, but with in_backward: then the residual has moved W already, and a new P has
-    turned the first moment.
+    A matrix whose gradient is zero or not finite when a new P is due stays as it is, and P stays due. Skipping `step`
+    changes nothing, except with in_backward: the backward pass has added the residual to W by then, and turned the
+    first moment to a new P.
 
     It is used like any optimizer: p.grad holds G until `step`. in_backward: project in the backward pass instead, which
     saves the gradients' memory (part 4). svd: "randomized" or "exact". Raises ValueError for settings out of range, and
@@ -288,7 +289,7 @@ class ProjectedAdam(torch.optim.Optimizer):
                 write_back(p_rows, adam(*rows, t, group), group, noise)
             return
         # R = G P, of a new P if it is due
-        R = self._project(group, p, own(g).to(compute_device(p))) if g is p.grad else g  # else from the backward pass
+        R = self._project(group, p, own(g).to(compute_device(p))) if g is p.grad else g  # else it is R already
         if R.dim() == 0:  # no basis could be had: this matrix waits for the next step
             return
         N, P = adam(R, *moments(state, R), group), state["basis"]
@@ -322,7 +323,7 @@ class ProjectedAdam(torch.optim.Optimizer):
                 turn = state["basis"].T @ P  # [rank, rank]
                 state["exp_avg"] = state["exp_avg"] @ turn if is_tall(p) else turn.T @ state["exp_avg"]
             state["basis"] = P
-        del all_rows  # R and the residual take its room, if nobody else holds it
+        del all_rows  # if they were gathered from all processes: R and the residual take their room
         R = project(G, state["basis"], p)
         if group["residual"]:
             self._add_residual(group, p, G, R)
@@ -332,6 +333,7 @@ class ProjectedAdam(torch.optim.Optimizer):
         """State of a matrix before its first step. torch.distributed.checkpoint loads into what is there, and has an
         optimizer make it by a step with zero gradients."""
         state, rank = self.state[p], min(group["rank"], *p.shape)
+        state.clear()  # a plain group's, if it was edited
         R = torch.zeros((len(p), rank) if is_tall(p) else (rank, p.shape[1]), dtype=torch.float32, device=G.device)
         moments(state, R)
         state["step"], state["basis"] = 0, R.new_zeros(min(p.shape), rank)  # it is due all the same
@@ -375,8 +377,7 @@ class ProjectedAdam(torch.optim.Optimizer):
         """Number, group, parameter and gradient of all that have one: R if the backward pass has projected it."""
         gradients, partial = [], []
         self._drop_frozen()
-        parameters = ((group, p) for group in self.param_groups for p in group["params"])
-        for index, (group, p) in enumerate(parameters):
+        for index, (group, p) in enumerate((group, p) for group in self.param_groups for p in group["params"]):
             g = p.grad
             if g is None or not p.numel():
                 continue
@@ -443,8 +444,8 @@ class ProjectedAdam(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale all gradients, R of those projected in the backward pass, to a joint 2-norm of at most max_norm.
 
-        Returns the norm before, fp32, without waiting for the device. It is not finite if a gradient is not, and then
-        all of them become nan, as by torch.nn.utils.clip_grad_norm_."""
+        Returns the norm before, fp32, without waiting for the device; R's is smaller than G's. It is not finite if a
+        gradient is not, and then all of them become nan, as by torch.nn.utils.clip_grad_norm_."""
         gradients = [g for *_, g in self._gradients()]
         norms = []
         for g in gradients:
@@ -468,12 +469,10 @@ class ProjectedAdam(torch.optim.Optimizer):
 
         def groups_only(_: ProjectedAdam, state_dict: dict) -> dict:  # torch would cast fp32 moments to bf16 weights'
             loaded.update(state_dict)
-            for here, there in zip(self.param_groups, loaded["param_groups"]):
-                if (here["rank"] is None) != (there.get("rank") is None):
-                    raise ValueError(
-                        f"a group of rank {here['rank']} cannot load the state of rank {there.get('rank')}"
-                    )
-                if there.get("amsgrad") or there.get("maximize"):
+            for now, was in zip(self.param_groups, loaded["param_groups"]):
+                if (now["rank"] is None) != (was.get("rank") is None):
+                    raise ValueError(f"a group of rank {now['rank']} cannot load the state of rank {was.get('rank')}")
+                if was.get("amsgrad") or was.get("maximize"):
                     raise ValueError("cannot load the state of an AdamW with amsgrad or maximize")
             known = {"step", "exp_avg", "exp_avg_sq", "basis", "lengths", "residual"}
             if unknown := set().union(*loaded["state"].values()) - known:
@@ -506,7 +505,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.update({"residual": False} | self.defaults | group)  # torch's AdamW has fewer, as older versions had
-            project_in_backward(group, self)
+            if "in_backward" in state:  # of a copy, whose parameters have no hooks yet; loading a state comes here too
+                project_in_backward(group, self)
 
 
 @contextlib.contextmanager
@@ -656,12 +656,11 @@ class ProjectedGradient(Tensor):
     """What p.grad is in this mode: R of a gradient that was projected and freed as soon as autograd had it. One full
     gradient is alive at a time, while a plain backward pass ends with those of all active layers.
 
-    Autograd adds the gradients of further micro-batches to p.grad: each is projected, and they add up as R. A basis
-    that is due, and a residual, are those of the whole step's gradient, so the sum of G then waits in host memory for
-    the last of the optimizer's `micro_batches`. Whatever else takes p.grad for the gradient is told so at once:
-    GradScaler, torch's clip_grad_norm_ (the optimizer has its own), DistributedDataParallel, another optimizer."""
+    Autograd adds the gradients of further micro-batches to p.grad: each is projected, and they add up as R. If a basis
+    is due, or there is a residual, it takes the whole step's gradient: then the sum of G waits in host memory for the
+    last of the optimizer's `micro_batches`. Whatever else takes p.grad for the gradient is told so at once: GradScaler,
+    torch's clip_grad_norm_ (the optimizer has its own), DistributedDataParallel, another optimizer."""
 
-    @staticmethod
     def __new__(cls, p: Tensor, optimizer: ProjectedAdam):
         # p.grad must be a tensor of p's shape. This one has no data: R, far smaller, is an attribute.
         self = Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device)
@@ -774,7 +773,7 @@ class Linear(nn.Linear):
         if self.weight.requires_grad and self.taker is not None:
             optimizer, p = (reference() for reference in self.taker)
             group = projected_group(p, optimizer)
-            if group is None or not group["residual"]:  # with one W moves once G is there: x's gradient comes first
+            if group is None or not group["residual"]:  # which moves W as soon as G is there: x's gradient comes first
                 # Autograd runs WeightGradient's backward pass first, then x is free, then that of F.linear for x alone.
                 return WeightGradient.apply(F.linear(x, self.weight.detach()), x, self.weight, self)
         return F.linear(x, self.weight)
@@ -787,7 +786,7 @@ class WeightGradient(torch.autograd.Function):
     def forward(ctx, y: Tensor, x: Tensor, weight: Tensor, module: Linear) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.module = weight, module
-        return y
+        return y.detach()  # not y itself, which could then not be changed in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -798,7 +797,7 @@ class WeightGradient(torch.autograd.Function):
             adds = torch._C._will_engine_execute_node(ctx.next_functions[2][0])
         except RuntimeError:  # torch.autograd.grad with respect to W itself
             adds = False
-        projected = adds and ctx.module.taker is not None and project_factors(ctx.module, ctx.weight, dY, X)
+        projected = adds and project_factors(ctx.module, ctx.weight, dY, X)
         return grad, None, None if projected else dY.T @ X, None
 
 
@@ -837,9 +836,9 @@ def project_factors(module: Linear, p: Tensor, dY: Tensor, X: Tensor) -> bool:
 
 # 6. Weights that several processes share: FSDP2 (torch.distributed.fsdp.fully_shard)
 #
-# Each process holds some rows of every weight, a DTensor, and all of the small things: P, R and their moments. R is the
-# mean over the processes, as FSDP's own gradients are, of which each projects its rows; only a new basis needs all of
-# them. So bases and updates are alike, and each updates its own rows.
+# Each process holds some rows of every weight, a DTensor, and all of the small things: P, R and their moments. It
+# projects its gradient, and R is the mean over all processes, as FSDP's own gradients are; only a new basis needs all
+# rows. So bases and updates are alike, and each updates its own rows.
 
 
 def is_sharded(x: Tensor | None) -> bool:
@@ -883,9 +882,11 @@ def whole(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 def joined(x: Tensor, p: Tensor) -> Tensor:
     """R, or squares, of all rows of p, from each process's part: put together if p is tall, else summed, in place."""
-    if is_sharded(p) and not is_tall(p):
+    if is_tall(p):
+        return whole(x, p)
+    if is_sharded(p):
         torch.distributed.all_reduce(x, group=p.device_mesh.get_group())
-    return whole(x, p) if is_tall(p) else x
+    return x
 
 
 def mean_over_processes(x: Tensor, p: Tensor) -> Tensor:

@@ -2166,6 +2166,27 @@ def test_param_groups_can_be_edited(in_backward):
     assert torch.equal(net[0].weight, weights[0]) and not torch.equal(net[0].bias, weights[1])
 
 
+def test_a_group_edited_to_a_rank_begins_anew_even_if_its_next_gradient_is_zero():
+    torch.manual_seed(0)
+    W, (first, last) = nn.Parameter(torch.randn(6, 4)), torch.randn(2, 6, 4)
+    optimizer = ProjectedAdam([W], lr=0.1)
+    for rank, gradient in ((None, first), (2, torch.zeros(6, 4)), (2, last)):
+        before = W.detach().clone()
+        W.grad, optimizer.param_groups[0]["rank"] = gradient, rank
+        optimizer.step()
+    fresh = nn.Parameter(before)
+    fresh.grad = last
+    ProjectedAdam([{"params": [fresh], "rank": 2}], lr=0.1).step()
+    assert torch.equal(W, fresh)
+
+
+def test_loading_a_state_again_and_again_hooks_no_parameter_twice():
+    net, optimizer = small_net(in_backward=True)
+    for _ in range(5):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert [len(p._post_accumulate_grad_hooks or ()) for p in net.parameters()] == [1, 0, 1, 0]
+
+
 def test_a_state_that_does_not_fit_the_groups_is_refused():
     net, projected = small_net()
     matrices, biases = (group["params"] for group in projected.param_groups)
@@ -2515,6 +2536,22 @@ def test_factors_are_projected_as_the_gradient_is(shape):
             optimizer.step()
         torch.testing.assert_close(ours.weight, plain.weight, rtol=1e-4, atol=1e-5)
     assert [n for n, G in enumerate(made) if G] == [0, 4, 8]  # for new bases; between them there was no gradient
+
+
+def test_what_hands_over_factors_may_be_changed_in_place():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(owlore.Linear(6, 8), nn.ReLU(inplace=True), owlore.Linear(8, 6)), torch.randn(5, 6)
+    plain = copy.deepcopy(net)
+    for model, taken in ((net, True), (plain, False)):
+        optimizer = ProjectedAdam([{"params": model.parameters(), "rank": 2}], lr=0.1, in_backward=True)
+        owlore.take_factors(model, optimizer) if taken else None
+        for _ in range(3):
+            optimizer.zero_grad()
+            y = model(x)
+            y += 1
+            y.square().sum().backward()
+            optimizer.step()
+    assert_close(weights_of(net), weights_of(plain))
 
 
 def test_gradients_that_nobody_adds_to_the_parameter_are_left_alone():

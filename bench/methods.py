@@ -361,11 +361,14 @@ class Row(NamedTuple):
 
 
 def run_seeds(args: argparse.Namespace, flags: dict, change: str = "") -> list[dict]:
-    """A run for each seed; with --finished for those that are."""
-    runs = []
-    for seed in range(args.seeds):
-        with contextlib.suppress(Unfinished):
+    """A run for each seed; with --finished for those that are, up to the first that is not, beyond --seeds too."""
+    runs, tables = [], args.finished and args.wanted is None
+    for seed in range(100 if tables else args.seeds):
+        try:
             runs.append(run(args, {**flags, "seed": seed}, change))
+        except Unfinished:
+            if tables:  # rows are compared seed by seed
+                break
     return runs
 
 
@@ -400,10 +403,10 @@ def search(args: argparse.Namespace, name: str, flags: dict, change: str = "", l
 
 
 def spread(values: Tensor, seeds: int, form: str = ".4f") -> str:
-    """Mean and standard deviation over the seeds, and how many there are if some are missing."""
+    """Mean and standard deviation over the seeds, and how many there are if some are missing, or if there are more."""
     deviation = f" ± {values.std():{form.lstrip('+')}}" if len(values) > 1 else ""
-    lacking = f" ({len(values)} of {seeds} seeds)" if len(values) < seeds else ""
-    return f"{values.mean():{form}}{deviation}{lacking}"
+    count = f" ({len(values)} of {seeds} seeds)" if len(values) < seeds else f" ({len(values)} seeds)"
+    return f"{values.mean():{form}}{deviation}{count if len(values) != seeds else ''}"
 
 
 def cells(args: argparse.Namespace, row: Row, reference: Row) -> dict[str, str]:
@@ -751,8 +754,15 @@ def chart(args: argparse.Namespace, rows: list[Row], timed: list[Row]) -> str:
         active = [row.flags["active"] for row in group]
         peaks = [row.memory["predicted"] / MIB for row in group]
         for axis, x, y in zip(axes, (active, active, peaks), (group, again, group)):
-            losses = torch.stack([row.values("loss") for row in y])  # [active, seeds]
-            axis.errorbar(x, losses.mean(1), losses.std(1), marker="o", capsize=3, label=label)
+            losses = [row.values("loss") for row in y]
+            axis.errorbar(
+                x,
+                [seeds.mean() for seeds in losses],
+                [seeds.std() for seeds in losses],
+                marker="o",
+                capsize=3,
+                label=label,
+            )
         for row, n, peak in zip(group, active, peaks):
             axes[2].annotate(str(n), (peak, row.values("loss").mean()), (4, 4), textcoords="offset points")
     ticks = sorted({row.flags["active"] for row in rows})
