@@ -63,10 +63,9 @@ def parse_record(record: object) -> Record:
             output = as_text(output)
             options = re.search(r"Answer format: *(\S+)\s*$", instruction)
             names = [name for name in options[1].split("/") if name] if options else []
-            if (answer := record.get("answer")) in names and len(set(names)) > 1 and output.endswith(answer):
-                choices = [output.removesuffix(answer) + name for name in names]
-                return Record([(prompt, output)], choices)
-            return Record([(prompt, output)])
+            answer = record.get("answer")
+            found = answer in names and len(set(names)) > 1 and output.endswith(answer)
+            return Record([(prompt, output)], [output.removesuffix(answer) + name for name in names] if found else ())
         case {"prompt": prompt, "choices": choices, "answer": answer}:
             if not isinstance(choices, list) or len(choices) < 2 or not all(map(as_text, choices)):
                 raise ValueError("'choices' must be a list of at least two texts, none of them empty")
@@ -113,7 +112,6 @@ def parse_messages(messages: object, prompt: str = "") -> Record:
 
 
 def as_text(value: object) -> str:
-    """The value, if it is text. Raises ValueError if it is not."""
     if not isinstance(value, str):
         raise ValueError(f"{json.dumps(value)[:40]} where there must be a text")
     value.encode()  # fails for half a surrogate pair, which JSON can spell and no tokenizer takes
@@ -355,11 +353,9 @@ class Dataset:
         spans, total = list(zip(ends, ends[1:])), len(self.ids)
         # Plain texts follow one another. The last token of a row is the first of the next: each is predicted once.
         spans += [(n, min(n + seq_len + 1, total)) for n in range(ends[-1], total - 1, seq_len)]
-        if not spans:
-            raise InputError("--data: too short: not two tokens of text in a row")
         self.rows, self.groups = np.array(spans), [[n] for n in range(len(spans))]
         if not any((row[1:] >= 0).any() for row in self):
-            raise InputError("--data or --val-data: with this tokenizer no row has a token to learn")
+            raise InputError("--data or --val-data: too short, or with this tokenizer no row has a token to learn")
         self.records = [record for record in records if record.choices]
         self.prompts_cut, self.completions_cut = cut.tolist()
 
@@ -383,8 +379,7 @@ class Dataset:
 
 
 def build_validation(records: list[Record], tokenizer: Tokenizer, seq_len: int) -> Dataset:
-    """A dataset with `examples`, what a model is evaluated on: for each row of the dataset the row, and behind it
-    one for each choice of a record that has some."""
+    """A dataset with `examples` to evaluate on: of each row itself, and behind it one for each choice of its record."""
     dataset = Dataset(records, tokenizer, seq_len)
     dataset.examples = [[row] for row in dataset]
     records = [record for record in records if not record.plain]  # plain text comes last
@@ -441,8 +436,7 @@ class Layout(NamedTuple):
 
 def common_beginning(rows: Sequence[np.ndarray]) -> int:
     """How many tokens all rows begin with, but for the last of a row, which is not read."""
-    heads = np.stack([row[: min(map(len, rows)) - 1] for row in rows])
-    return int(np.argmax([*(heads != heads[0]).any(0), True]))
+    return len(os.path.commonprefix([row[:-1].tolist() for row in rows]))
 
 
 def lay_out(examples: Sequence[Sequence[np.ndarray]]) -> tuple[Tensor, Tensor, Layout, list[int]]:

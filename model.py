@@ -167,8 +167,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up that keeps no more than gate and up, the widest activations of the model, and makes the gradients
-    in their place."""
+    """silu(gate) * up that keeps only gate and up, the widest activations there are, and makes gradients in place."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -293,7 +292,6 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Draw A, and set B to zero."""
         if not self.A.is_meta:
             A = nn.init.kaiming_uniform_(torch.empty(self.A.shape), a=math.sqrt(5))  # alike on all devices
             own(self.A).copy_(own_rows(A, self.A))
@@ -494,23 +492,21 @@ def read_hf_config(file: Path) -> dict:
     rope = given[0]
     said = given[-1] | {key: config[key] for key in ("rope_theta", "original_max_position_embeddings") if key in config}
     defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}
-    if config.get("model_type") == "mistral":
-        defaults |= {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
-    config = defaults | config | rope
     supported = {"model_type": ("llama", "mistral"), "hidden_act": ("silu",), "rope_type": ("default", "llama3")}
     supported |= dict.fromkeys(("attention_bias", "mlp_bias", "quantization_config"), (None, False))
     supported["is_causal"] = (None, True)
-    if config.get("model_type") == "mistral":  # with these it is a Ministral
-        supported["layer_types"] = (None,)
+    if config.get("model_type") == "mistral":
+        defaults |= {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
+        supported["layer_types"] = (None,)  # with these it is a Ministral
+    else:
+        config.pop("sliding_window", None)
+    config = defaults | config | rope
     for key, values in supported.items():
         if config.get(key) not in values:
-            raise InputError(
-                f"{file}: {key} {config.get(key)!r:.60} is not supported, only {' or '.join(map(str, values))}"
-            )
+            only = " or ".join(map(str, values))
+            raise InputError(f"{file}: {key} {config.get(key)!r:.60} is not supported, only {only}")
     if any(rope.get(key, value) != value for key, value in said.items() if key != "type"):
         raise InputError(f"{file}: what it says of rope in several places is not the same; remove what is wrong")
-    if config["model_type"] == "llama":
-        config.pop("sliding_window", None)
     params = {field: config[key] for field, key in HF_KEYS.items() if key in config}
     if config["rope_type"] == "llama3":
         params |= {"use_scaled_rope": True} | {field: rope.get(key) for field, key in ROPE_KEYS.items()}
@@ -667,8 +663,7 @@ def saved_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 
 def meta_config(config: ModelConfig) -> dict:
-    """`params.json`. Meta's own code refuses settings it does not know, so only what cannot be told from the others is
-    written."""
+    """`params.json`, without what can be told from the rest: Meta's own code refuses settings it does not know."""
     told = asdict(ModelConfig()) | {
         "hidden_dim": config.swiglu_hidden_dim(), "head_dim": config.dim / config.n_heads, "n_kv_heads": config.n_heads,
         "max_seq_len": config.family_context(), "tie_word_embeddings": config.tie_word_embeddings,  # by the weights
@@ -760,7 +755,6 @@ def main() -> None:
 
 
 def export_or_continue(args: argparse.Namespace) -> None:
-    """Save the checkpoint in Hugging Face's layout, or print the prompt and stream what the model says next."""
     if args.export == "":
         raise InputError("--export: name a folder")
     if args.export:

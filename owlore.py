@@ -377,7 +377,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         """Number, group, parameter and gradient of all that have one: R if the backward pass has projected it."""
         gradients, partial = [], []
         self._drop_frozen()
-        for index, (group, p) in enumerate((group, p) for group in self.param_groups for p in group["params"]):
+        parameters = ((group, p) for group in self.param_groups for p in group["params"])
+        for index, (group, p) in enumerate(parameters):
             g = p.grad
             if g is None or not p.numel():
                 continue

@@ -46,9 +46,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from tqdm import tqdm
 
 import owlore
-from data import TINY, Dataset, InputError, at_least, atomic_write, build_validation
-from data import command, common_beginning, copy_tokenizer, grouped, lay_out, load_records, read_json, split_records
-from data import tokenizer_files
+from data import TINY, Dataset, InputError, at_least, atomic_write, build_validation, command, common_beginning
+from data import copy_tokenizer, grouped, lay_out, load_records, read_json, split_records, tokenizer_files
 from model import CHUNK, ModelConfig, Transformer, add_lora, load, read_checkpoint, require_device, save_model
 from owlore import LayerSampler, ProjectedAdam, outlier_distribution, sampling_probabilities
 
@@ -56,8 +55,6 @@ CALIBRATION_ROWS = 32  # of calibration text: enough that D_l moves by a few per
 CHECKSUMS = "checksums.json"  # of a checkpoint's files
 HELD_OUT, HELD_OUT_RECORDS = 0.05, 500  # the share of --data, and at most so many records, that is kept for validation
 STEP = "step-" + 7 * "[0-9]"  # what the folders of checkpoints are called; others beside them are the user's
-BAD_STEPS = 10  # in a row, or half of a run, end it: those whose loss or gradients are not finite, or `far_above`
-HEALTH_ROWS = 32  # of validation data at most: enough to tell a model that still works from one that does not
 SAVE_SECONDS, SAVE_SHARE = 15 * 60, 0.05  # the least time between two checkpoints; the most of a run that they may take
 # What may differ when a run is resumed: nothing here changes a step, but for the rate that follows from their number.
 # That --data holds the same tokens its checksum tells; of lora, which reads --ckpt again, also that this is the same.
@@ -163,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
                 log(metrics, step=step, **after)
                 tqdm.write(f"step {step}: " + describe(after))
             due = step % args.save_every == 0 if args.save_every else late
-            lost = bad >= min(BAD_STEPS, steps / 2)
+            lost = bad >= min(10, steps / 2)  # so many in a row that are not finite, or far above
             if step == steps or stopping or lost or (due and not bad):
                 require_health(model, validation, limit, bad * lost, args, out)
                 now = {"step": step, "steps": steps, "skipped": skipped, "limit": limit, "before": before,
@@ -233,8 +230,7 @@ def how_trained(name: str, parameter: Tensor, args: argparse.Namespace) -> str:
 
 
 def build_optimizer(model: Transformer, args: argparse.Namespace) -> ProjectedAdam:
-    """A group of projected parameters and one of plain ones, and others where embedding and head or norms are trained
-    otherwise. What is left is frozen."""
+    """A parameter group for each way in which some are trained, and each rate. What is left is frozen."""
     settings = {"plain": {}, "projected": {"rank": args.rank, "update_gap": args.update_gap, "scale": args.scale}}
     groups = {}
     for name, parameter in model.named_parameters():
@@ -268,9 +264,7 @@ def parameter_sizes(model: Transformer, args: argparse.Namespace) -> Iterator[tu
 def checkpoint_size(model: Transformer, args: argparse.Namespace) -> float:
     """Bytes of a checkpoint: weights, and the optimizer's state; of lora also what it trains, not merged."""
     sizes, lora = parameter_sizes(model, args), args.method == "lora"
-    return sum(
-        weight * (1 + (lora and kind != "frozen" and not inside)) + state for kind, inside, weight, _, state in sizes
-    )
+    return sum(w * (1 + (lora and kind != "frozen" and not inside)) + state for kind, inside, w, _, state in sizes)
 
 
 def step_memory(model: Transformer, args: argparse.Namespace) -> int:
@@ -566,14 +560,12 @@ def decide_settings(args: argparse.Namespace, config: ModelConfig) -> argparse.N
     require(method.projection and args.rank or not args.residual, "--residual: no layer is projected; leave it out")
     require(args.rank or plain, "--rank 0 is owlore without projection; give another, or leave it out")
     projected = method.projection and args.rank or args.embeddings == "projected"
-    has_effect = dict.fromkeys(("rank", "scale", "update_gap", "svd"), projected)
-    has_effect |= {
-        "rank": projected or lora or not args.rank,
-        "threshold": args.sampling and args.active < config.n_layers,
-    }
-    for name in (name for name in typed if not has_effect.get(name, True)):
-        why = "no layers are drawn" if name == "threshold" else "nothing is projected"
-        warnings.warn(f"--{name.replace('_', '-')} has no effect: {why}", stacklevel=2)
+    idle = [] if projected else ["scale", "update_gap", "svd"] + ["rank"] * bool(args.rank and not lora)
+    idle = dict.fromkeys(idle, "nothing is projected")
+    if not args.sampling or args.active >= config.n_layers:
+        idle["threshold"] = "no layers are drawn"
+    for name in (name for name in typed if name in idle):
+        warnings.warn(f"--{name.replace('_', '-')} has no effect: {idle[name]}", stacklevel=2)
     limits = {"seq_len": (config.max_seq_len, "context is"), "active": (config.n_layers, "layers are")}
     for name, (most, what) in (limits | {"rank": (config.dim, "width is")} if lora else limits).items():
         flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
@@ -695,9 +687,7 @@ def replace_link(path: Path, target: str | Path) -> None:
         new.symlink_to(target)
         os.replace(new, path)
     except OSError as error:
-        raise InputError(
-            f"{path}: no link can be made here ({error.strerror}); choose an --out on another disk"
-        ) from None
+        raise InputError(f"{path}: no link can be made ({error.strerror}); choose an --out on another disk") from None
 
 
 def sync(*paths: Path) -> None:
@@ -767,8 +757,8 @@ def require_health(
 ) -> None:
     """Raise InputError if the run has diverged: too many steps in a row were not good (`bad`, else 0), or the weights are
     such that no fp16 could hold them, or that the loss on some validation rows is above the limit or not finite."""
-    # From all over the data: a file may begin with another kind of records than the rest.
-    examples = [rows[:1] for rows in validation.examples[:: -(-len(validation.examples) // HEALTH_ROWS)]]
+    # At most 32 rows, from all over the data: a file may begin with another kind of records than the rest.
+    examples = [rows[:1] for rows in validation.examples[:: math.ceil(len(validation.examples) / 32)]]
     loss, count = sum(rows[0] for rows in row_losses(model, examples, args))
     loss, most = loss / max(count, 1), torch.finfo(torch.float16).max
     largest = [torch.linalg.vector_norm(w, torch.inf) for w in map(owlore.own, model.parameters()) if w.numel()]
@@ -808,8 +798,7 @@ def load_state(out: Path) -> dict:
 
 
 def planned_steps(data: Dataset, args: argparse.Namespace, state: dict) -> int:
-    """The steps of a run. Of one that is resumed it says what other ones than planned change, and raises InputError if so
-    many are done already."""
+    """The steps of a run. Of a resumed one it says what another number changes; one that is done already is refused."""
     steps = args.steps or args.epochs * math.ceil(len(data.groups) / args.batch_size)
     done, planned = state.get("step", 0), state.get("steps", steps)
     if steps != planned:
@@ -823,12 +812,10 @@ def planned_steps(data: Dataset, args: argparse.Namespace, state: dict) -> int:
 
 def training_state(model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> dict:
     """What `restore` takes, besides the saved weights; in the first process with all rows of what is sharded."""
-    named, adapters = dict(model.named_parameters()), {}
+    named = dict(model.named_parameters())
     lora = any(name.endswith(".A") for name in named)  # whose saved weights are merged, so it goes on from --ckpt
-    for name, p in named.items() if lora else ():
-        if p.requires_grad:
-            value = owlore.whole(p.detach()).cpu()
-            adapters |= {} if rank() else {name: value}
+    trained = {name: p.detach() for name, p in named.items() if lora and p.requires_grad}
+    adapters = {name: owlore.whole(p).cpu() for name, p in trained.items()}
     state = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, moments in state["state"].items():
@@ -845,9 +832,7 @@ def restore(state: dict, model: Transformer, optimizer: ProjectedAdam, sampler: 
     optimizer.load_state_dict(state.pop("optimizer"))
     adapters = state.pop("adapters")
     if adapters and not adapters.keys() >= {name for name, p in model.named_parameters() if p.requires_grad}:
-        raise InputError(
-            "--resume: this run is of a release that did not save lora's embedding and head; begin it anew"
-        )
+        raise InputError("--resume: this run is of a release that did not save lora's embedding and head; begin anew")
     for name, value in adapters.items():
         p = model.get_parameter(name).detach()
         owlore.own(p).copy_(owlore.own_rows(value, p))
@@ -972,12 +957,10 @@ def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def in_words(size: float) -> str:
-    """Bytes in GiB, or in MiB if there is less than 0.01 GiB of them."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 100 else f"{size / 2**20:.2f} MiB"
 
 
 def require_finite(result: dict, weights: str | Path, args: argparse.Namespace) -> dict:
-    """An evaluation, if its loss is finite. Raises InputError if it is not."""
     if not math.isfinite(loss := result["val_loss"]):
         raise InputError(f"{weights}: its loss is {loss}: damaged weights, or not for {args.dtype}")
     return result
@@ -994,7 +977,6 @@ def comment(loss: float, vocab_size: int, args: argparse.Namespace) -> None:
 
 
 def describe(result: dict) -> str:
-    """An evaluation in words."""
     text = f"validation loss {result['val_loss']:.4f}"
     if "val_accuracy" in result:
         text += f", accuracy {result['val_accuracy']:.1%} (by length {result['val_accuracy_norm']:.1%})"
@@ -1064,7 +1046,6 @@ def show_layers() -> None:
 
 
 def main() -> None:
-    """`python train.py`."""
     parser = flag_parser()
 
     def error(message: str) -> None:
