@@ -4,6 +4,7 @@
     sampling    OwLore with each way to draw layers, and with a floor under the probabilities
     budget      few layers at a high rank or many at a low one, within the memory of LoRA, of LISA and as published
     default     train.py's default beside 20 of 32 layers that are drawn, and beside the other methods
+    unseen      what ended best, and its rivals, on validation data on which nothing was chosen
     draws       20 of 32 layers drawn in turns, uniformly, and with the moments of resting layers kept
     residual    20 of 32 layers with and without what the projection leaves out of the gradient
     projection  all layers at a low rank: warm-up, another beta2, other gaps and scales, and the rest of the gradient
@@ -595,6 +596,32 @@ frozen.
 {compare(args, rows, "train.py's default")}"""
 
 
+def unseen(args: argparse.Namespace) -> str:
+    """What ended best, and its rivals, on validation data on which nothing was chosen: --data NAME-unseen has the training
+    data of NAME, whose finished runs say which learning rates are best."""
+    names = {key: getattr(args, key).replace("-unseen", "") for key in ("data", "val_data")}
+    seen = argparse.Namespace(**vars(args) | names | {"finished": True, "wanted": None, "missing": []})
+    seen.files, frozen = checksum(seen), {"embeddings": "frozen"}
+    flags = {
+        "lora": {"method": "lora"},
+        "lisa": {"method": "lisa"} | frozen,
+        "owlore": {"method": "owlore"} | frozen | redrawn(args, 10),
+        "all layers, residual": many_layers(args, args.config.n_layers) | HALF,
+        "all layers, residual, train.py's default": by_default(args),
+        "full": {"method": "full"} | frozen,
+    }
+    flags["owlore"] |= {key: published(args)[key] for key in ("sampling", "active", "rank", "update_gap")}
+    rows = []
+    for name, row in ((name, search(seen, name, row)) for name, row in flags.items()):
+        runs = run_seeds(args, row.flags) if row else []
+        args.missing += [name] * (len(runs) < args.seeds)
+        rows += [row._replace(runs=runs)] if runs else []
+    return f"""The runs of {Path(seen.data).stem}, validated on other data, on which neither settings nor learning rates were
+chosen. OwLore draws the paper's 5 of 32 layers, ten times in a run.
+
+{compare(args, rows, "lora")}"""
+
+
 def draws(args: argparse.Namespace) -> str:
     """Independent draws, or each layer in its turn; moments dropped, or kept."""
     base = many_layers(args)
@@ -812,6 +839,7 @@ STUDIES = {
         sampling,
         budget,
         default,
+        unseen,
         draws,
         residual,
         projection,
