@@ -498,8 +498,6 @@ def read_hf_config(file: Path) -> dict:
     if config.get("model_type") == "mistral":
         defaults |= {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
         supported["layer_types"] = (None,)  # with these it is a Ministral
-    else:
-        config.pop("sliding_window", None)
     config = defaults | config | rope
     for key, values in supported.items():
         if config.get(key) not in values:
@@ -507,6 +505,8 @@ def read_hf_config(file: Path) -> dict:
             raise InputError(f"{file}: {key} {config.get(key)!r:.60} is not supported, only {only}")
     if any(rope.get(key, value) != value for key, value in said.items() if key != "type"):
         raise InputError(f"{file}: what it says of rope in several places is not the same; remove what is wrong")
+    if config["model_type"] == "llama":
+        config.pop("sliding_window", None)
     params = {field: config[key] for field, key in HF_KEYS.items() if key in config}
     if config["rope_type"] == "llama3":
         params |= {"use_scaled_rope": True} | {field: rope.get(key) for field, key in ROPE_KEYS.items()}

@@ -155,7 +155,7 @@ class LayerSampler:
     """Draws the layers to train next, `active` of them without replacement, and freezes the others.
 
     layers: the model's blocks. probabilities: [L]. Parameters that are frozen when the sampler is made stay so: only
-    the others take turns. A layer of probability 0 is drawn only if fewer than `active` have a positive one; the places
+    the others take turns, and a draw unfreezes them even if they were frozen by hand since. A layer of probability 0 is drawn only if fewer than `active` have a positive one; the places
     left are then filled uniformly. Several processes that train one model must draw alike: score on the same batches,
     or send the probabilities of one to the others. DistributedDataParallel leaves out what is frozen when it wraps the
     model, so wrap it before the first draw, and with find_unused_parameters=True. Raises ValueError if `active` is not
@@ -209,7 +209,7 @@ class LayerSampler:
             raise ValueError(f"this is the state of a sampler of other than these {len(self.layers)} layers")
         self.probabilities = p
         self.generator.set_state(state["generator"].cpu())
-        self.activate(state["drawn"] or range(len(self.layers)))  # before the first draw all were active
+        self.activate(list(state["drawn"]) or range(len(self.layers)))  # before the first draw all were active
         self.drawn = list(state["drawn"])
 
 
@@ -240,9 +240,9 @@ class ProjectedAdam(torch.optim.Optimizer):
 
         S = G - R P^T,  W_i = W_i - lr (|N_i| / |R_i|) S_i        (without `scale`)
 
-    to no more than sqrt(n), the length of Adam's first step for all of G_i (sqrt(m) if m < n). From the second step on
-    the norm of it all is at most 1.01 times the larger of its last one and |N| / 10. |N_i| and |N| are those of the
-    step before (|N_i| = sqrt(rank) in the first), so it need not wait for N.
+    to no more than sqrt(n), the length of Adam's first step for all of G_i (sqrt(m) if m < n). |N_i| is that of the step
+    before (sqrt(rank) in the first), so it need not wait for N. From the second step on the norm of it all is at most
+    1.01 times what it was in the step before, or should have been at least, a tenth of the |N| used there.
 
     A matrix whose gradient is zero or not finite when a new P is due stays as it is, and P stays due. Skipping `step`
     changes nothing, except with in_backward: the backward pass has added the residual to W by then, and turned the
@@ -798,7 +798,7 @@ class WeightGradient(torch.autograd.Function):
             adds = torch._C._will_engine_execute_node(ctx.next_functions[2][0])
         except RuntimeError:  # torch.autograd.grad with respect to W itself
             adds = False
-        projected = adds and project_factors(ctx.module, ctx.weight, dY, X)
+        projected = adds and ctx.module.taker is not None and project_factors(ctx.module, ctx.weight, dY, X)
         return grad, None, None if projected else dY.T @ X, None
 
 

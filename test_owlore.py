@@ -2851,8 +2851,8 @@ def test_outlier_chart_command(checkpoint, jsonl):
         assert line.count("█") == round(30 * (D[n] / D.max()).item())
 
 
-def test_embedded_default_learns(tmp_path):
-    """In a sixth of its steps, so at a larger rate."""
+def test_the_embedded_example_learns(tmp_path):
+    """In a sixth of its steps, and so at a larger rate."""
     rows = train_run(f"--steps 30 --lr 2e-2 --eval-every 30 --out {tmp_path / 'run'}")
     before, after = (r for r in rows if "val_loss" in r)
     assert after["val_loss"] < before["val_loss"] / 10
@@ -2988,7 +2988,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 )
 def test_resuming_continues_bit_for_bit(method, base, tmp_path):
     # in bf16 stochastic rounding draws random numbers; an epoch is 8 steps
-    line = f"{base} --batch-size 8 --steps 10 --method {method} --dtype bf16 --micro-batch-size 4 --update-gap 2 --save-every 3"
+    line = f"{base} --batch-size 8 --steps 10 --method {method} --dtype bf16 --micro-batch-size 3 --update-gap 2 --save-every 4"
     line += " --active 1 --interval 3" if method.startswith(("owlore", "lisa")) else ""
     out = tmp_path / "b"
     with ThreadPoolExecutor() as pool:
@@ -3002,7 +3002,7 @@ def test_resuming_continues_bit_for_bit(method, base, tmp_path):
 
 def test_killed_at_twenty_random_moments_a_run_ends_as_if_never_interrupted(base, tmp_path):
     """Steps are given, what is done then is not; some kills come while a run starts, as it has logged the step before."""
-    line = f"{base} --steps 50 --save-every 4 --dtype bf16 --eval-every 25 --active 1"
+    line = f"{base} --steps 50 --save-every 4 --dtype bf16 --eval-every 25 --active 1 --interval 7"
     assert start_cli(f"{line} --out {tmp_path / 'a'}")[0] == 0
     random, out = np.random.default_rng(0), tmp_path / "b"
     for step in sorted(random.integers(1, 46, 20)):

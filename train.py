@@ -812,10 +812,12 @@ def planned_steps(data: Dataset, args: argparse.Namespace, state: dict) -> int:
 
 def training_state(model: Transformer, optimizer: ProjectedAdam, sampler: LayerSampler | None) -> dict:
     """What `restore` takes, besides the saved weights; in the first process with all rows of what is sharded."""
-    named = dict(model.named_parameters())
+    named, adapters = dict(model.named_parameters()), {}
     lora = any(name.endswith(".A") for name in named)  # whose saved weights are merged, so it goes on from --ckpt
-    trained = {name: p.detach() for name, p in named.items() if lora and p.requires_grad}
-    adapters = {name: owlore.whole(p).cpu() for name, p in trained.items()}
+    for name, p in named.items() if lora else ():
+        if p.requires_grad:
+            value = owlore.whole(p.detach()).cpu()
+            adapters |= {} if rank() else {name: value}
     state = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, moments in state["state"].items():

@@ -361,10 +361,10 @@ class Row(NamedTuple):
         return torch.tensor(values, dtype=torch.float64)
 
 
-def run_seeds(args: argparse.Namespace, flags: dict, change: str = "") -> list[dict]:
+def run_seeds(args: argparse.Namespace, flags: dict, change: str = "", first: int = 0) -> list[dict]:
     """A run for each seed; with --finished for those that are, up to the first that is not, beyond --seeds too."""
     runs, tables = [], args.finished and args.wanted is None
-    for seed in range(100 if tables else args.seeds):
+    for seed in range(first, 100 if tables else first + args.seeds):
         try:
             runs.append(run(args, {**flags, "seed": seed}, change))
         except Unfinished:
@@ -416,6 +416,7 @@ def cells(args: argparse.Namespace, row: Row, reference: Row) -> dict[str, str]:
     low_rank = filled.rank and (method.projection or filled.method == "lora")
     both = min(len(row.runs), len(reference.runs))
     difference = row.values("loss")[:both] - reference.values("loss")[:both]
+    row = row._replace(runs=row.runs[: args.seeds])  # what is not a difference is compared by eye: over the same seeds
     return {
         "": row.name,
         "active": f"{filled.active} of {args.config.n_layers}" if method.sampling else "all",
@@ -446,9 +447,10 @@ def compare(args: argparse.Namespace, rows: list[Row], name: str) -> str:
     if not rows:
         return "Nothing is finished."
     reference = next((row for row in rows if row.name == name), rows[0])
-    before = {"": "before fine-tuning", "loss": spread(reference.values("loss", 0), len(reference.runs))}
-    if reference.runs[0]["accuracy"][0] is not None:
-        before["accuracy, %"] = spread(100 * reference.values("accuracy", 0), len(reference.runs), ".1f")
+    run = reference.runs[0]
+    before = {"": "before fine-tuning", "loss": f"{run['loss'][0]:.4f}"}
+    if run["accuracy"][0] is not None:
+        before["accuracy, %"] = f"{100 * run['accuracy'][0]:.1f}"
     lacking = f"\n\nNot finished: {'; '.join(args.missing)}." if args.missing else ""
     return table([before, *(cells(args, row, reference) for row in rows)]) + lacking
 
@@ -596,11 +598,19 @@ frozen.
 {compare(args, rows, "train.py's default")}"""
 
 
+FRESH = 5  # the first seed that no setting was chosen by
+
+
 def unseen(args: argparse.Namespace) -> str:
     """What ended best, and its rivals, on validation data on which nothing was chosen: --data NAME-unseen has the training
     data of NAME, whose finished runs say which learning rates are best."""
-    names = {key: getattr(args, key).replace("-unseen", "") for key in ("data", "val_data")}
-    seen = argparse.Namespace(**vars(args) | names | {"finished": True, "wanted": None, "missing": []})
+    names = {key: str(getattr(args, key)).replace("-unseen", "") for key in ("data", "val_data")}
+    if names["data"] == args.data or names["val_data"] == args.val_data:
+        raise InputError(
+            "unseen: --data and --val-data must be called NAME-unseen, beside NAME; bench/tasks.py makes them"
+        )
+    others = {"finished": True, "wanted": None, "missing": [], "machines": set()}
+    seen = argparse.Namespace(**vars(args) | names | others)
     seen.files, frozen = checksum(seen), {"embeddings": "frozen"}
     flags = {
         "lora": {"method": "lora"},
@@ -613,11 +623,11 @@ def unseen(args: argparse.Namespace) -> str:
     flags["owlore"] |= {key: published(args)[key] for key in ("sampling", "active", "rank", "update_gap")}
     rows = []
     for name, row in ((name, search(seen, name, row)) for name, row in flags.items()):
-        runs = run_seeds(args, row.flags) if row else []
+        runs = run_seeds(args, row.flags, first=FRESH) if row else []
         args.missing += [name] * (len(runs) < args.seeds)
         rows += [row._replace(runs=runs)] if runs else []
-    return f"""The runs of {Path(seen.data).stem}, validated on other data, on which neither settings nor learning rates were
-chosen. OwLore draws the paper's 5 of 32 layers, ten times in a run.
+    return f"""Trained on the data of {Path(seen.data).stem} and validated on other data, with seeds {FRESH} to {FRESH + args.seeds - 1}: neither settings
+nor learning rates were chosen by any of these. OwLore draws the paper's 5 of 32 layers, ten times in a run.
 
 {compare(args, rows, "lora")}"""
 
@@ -730,12 +740,12 @@ def layers(args: argparse.Namespace) -> str:
     reference = cell(base["active"], base["rank"])
     if not reference:
         return "Nothing is finished."
-    budget = reference.values("seconds").mean().item()
+    budget = reference.values("seconds")[: args.seeds].mean().item()
     rows, timed, lines = [], [], []
     for rank in (base["rank"], 4 * base["rank"], 0):
         for active in sorted({*(2**n for n in range(L.bit_length()) if 2**n < L), base["active"], L}):
             row = cell(active, rank)
-            steps = max(1, round(args.steps * budget / row.values("seconds").mean().item()))
+            steps = max(1, round(args.steps * budget / row.values("seconds")[: args.seeds].mean().item()))
             again = row._replace(runs=run_seeds(args, row.flags | {"steps": steps}, "keep"))
             then = {"steps in equal time": str(steps), "loss then": spread(again.values("loss"), args.seeds)}
             rows, timed, lines = [*rows, row], [*timed, again], [*lines, cells(args, row, reference) | then]
@@ -856,14 +866,16 @@ STUDIES = {
 ALL_TASKS, KEPT = "budget, all tasks", ("", "active", "rank", "optimizer state, MiB")
 TITLE = """# Methods and settings compared on {}
 
-Runs of train.py. Loss and accuracy are those on validation data after the run: mean ± standard deviation
-over seeds, which change the order of the data, the layers drawn and LoRA's first A. Differences are taken seed by seed.
-One within its ± shows nothing; at 95 % confidence (a paired t-test) it must be 2.5 times its ± with three seeds, 1.25
-times with five. The error of the validation data, the same for all, is not in them. A row's learning rate is the best
-one on seed 0 and on the same validation data, of as many as the column says: not as many for all. Memory is the peak
-of a training step with full rows, every tensor counted by bench/memory.py, blocks recomputed (the runs, which have
-memory enough, do not); in models as small as this most of it is activations. Time is the least that a run's training
-steps took (with a ±: the mean), without scoring, evaluating and saving; other work may have run beside it.
+Runs of train.py. Loss and accuracy are those on validation data after the run: mean ± standard deviation over seeds,
+which change the order of the data, the layers drawn and LoRA's first A. Differences are taken seed by seed, over all
+seeds that both rows have ("5 seeds": more than the rest of the table). One within its ± shows nothing; at 95 %
+confidence (a paired t-test) it must be 2.5 times its ± with three seeds, 1.25 times with five. Where seeds were added
+because three had left a difference open, that is milder than it says. The error of the validation data, the same for
+all, is not in them. A row's learning rate is the best one on seed 0 and on the same validation data, of as many as the
+column says: not as many for all. Memory is the peak of a training step with full rows, every tensor counted by
+bench/memory.py, blocks recomputed (the runs, which have memory enough, do not); in models as small as this most of it
+is activations. Time is the least that a run's training steps took (with a ±: the mean), without scoring, evaluating and
+saving; other work may have run beside it.
 
 """
 

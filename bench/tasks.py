@@ -9,8 +9,8 @@ arc           all of arc_easy_train.json, and the first 100 records of arc_easy_
 wikitext      the first 600,000 characters of wikitext2_valid.txt to train, the last 14,000 to validate
 boolq         all but the last 100 records of boolq_test.json to train, and those (questions without a passage)
 
-shakespeare-unseen, arc-unseen      the same to train, and to validate what nothing was chosen on: the 42,000 characters
-                                    before the last 14,000, and 500 more records of arc_easy_test.json
+arc-unseen    all of arc_easy_train.json to train, and to validate what nothing was chosen on: of the next 500 records of
+              arc_easy_test.json those whose question is not among them
 
 python bench/tasks.py ../shared/data runs/tasks
 
@@ -50,20 +50,19 @@ def main() -> None:
         text = (source / file).read_text()
         (target / f"{name}.txt").write_text(text[:600_000])
         (target / f"{name}-val.txt").write_text(text[-14_000:])
-    text = (source / "tinyshakespeare.txt").read_text()
-    (target / "shakespeare-unseen.txt").write_text(text[:600_000])
-    (target / "shakespeare-unseen-val.txt").write_text(text[-56_000:-14_000])
-    alpaca, train, test, boolq = (
+    alpaca, arc, test, boolq = (
         json.loads((source / f"{name}.json").read_text())
         for name in ("alpaca_en_demo", "arc_easy_train", "arc_easy_test", "boolq_test")
     )
+    arc, test = [by_text(record) for record in arc], [by_text(record) for record in test[:600]]
+    known = {record["question"] for record in arc}
     tasks = {
         "alpaca-short": filter(is_short, alpaca[:899]),
         "alpaca-short-val": filter(is_short, alpaca[899:]),
-        "arc": map(by_text, train),
-        "arc-val": map(by_text, test[:100]),
-        "arc-unseen": map(by_text, train),
-        "arc-unseen-val": map(by_text, test[100:600]),
+        "arc": arc,
+        "arc-val": test[:100],
+        "arc-unseen": arc,
+        "arc-unseen-val": [record for record in test[100:] if record["question"] not in known],
         "boolq": boolq[:-100],
         "boolq-val": boolq[-100:],
     }
