@@ -626,8 +626,8 @@ def unseen(args: argparse.Namespace) -> str:
         runs = run_seeds(args, row.flags, first=FRESH) if row else []
         args.missing += [name] * (len(runs) < args.seeds)
         rows += [row._replace(runs=runs)] if runs else []
-    return f"""Trained on the data of {Path(seen.data).stem} and validated on other data, with seeds {FRESH} to {FRESH + args.seeds - 1}: neither settings
-nor learning rates were chosen by any of these. OwLore draws the paper's 5 of 32 layers, ten times in a run.
+    return f"""Trained on the data of {Path(seen.data).stem}, with other seeds, and validated on other data: neither settings nor learning rates
+were chosen by either. OwLore draws the paper's 5 of 32 layers, ten times in a run.
 
 {compare(args, rows, "lora")}"""
 
@@ -891,7 +891,7 @@ def machine(args: argparse.Namespace) -> str:
     )
 
 
-def provenance(args: argparse.Namespace) -> str:
+def provenance(args: argparse.Namespace, first: int) -> str:
     """How a section was made."""
     words = [os.path.relpath(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
     lrs = ", ".join(f"{lr:g}" for lr in sorted(args.lrs))
@@ -899,7 +899,7 @@ def provenance(args: argparse.Namespace) -> str:
     return f"""`python bench/methods.py {shlex.join(words)}`, {datetime.date.today()},
 {"; ".join(sorted(args.machines))}.
 {args.config.n_layers} layers of {args.config.dim} dimensions, {args.dtype}{tf32}; {args.steps or args.epochs} \
-{"steps" if args.steps else "epoch(s)"} of {args.batch_size} rows a step of at most {args.seq_len} tokens; seeds 0 to {args.seeds - 1}; learning rates {lrs}, what extends them, and others tried."""
+{"steps" if args.steps else "epoch(s)"} of {args.batch_size} rows a step of at most {args.seq_len} tokens; seeds {first} to {first + args.seeds - 1}; learning rates {lrs}, what extends them, and others tried."""
 
 
 def overview(name: str, sections: dict[str, str]) -> dict[str, str]:
@@ -964,9 +964,10 @@ def write_section(args: argparse.Namespace, study: str, text: str) -> None:
     """Put a study's section into the checkpoint's results, in the place of the one it had."""
     name, data = args.name + other_than_cpu(args), Path(args.data)
     out = RESULTS / f"methods-{name}.md"
+    first = FRESH if study == "unseen" else 0
     heading = study if data.parent == Path(args.ckpt) else f"{study}, {data.stem}"
     found = re.split(r"(?m)^## (.*)$", out.read_text() if out.exists() else "")[1:]
-    sections = dict(zip(found[::2], found[1::2])) | {heading: f"{provenance(args)}\n\n{text}"}
+    sections = dict(zip(found[::2], found[1::2])) | {heading: f"{provenance(args, first)}\n\n{text}"}
     sections = overview(name, sections) | {heading: text for heading, text in sections.items() if heading != ALL_TASKS}
     order = sorted(sections, key=lambda heading: list(STUDIES).index(heading.split(",")[0]))
     parts = [f"## {heading}\n\n{sections[heading].strip()}\n" for heading in order]
