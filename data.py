@@ -112,6 +112,7 @@ def parse_messages(messages: object, prompt: str = "") -> Record:
 
 
 def as_text(value: object) -> str:
+    """The value, if it is text. Raises ValueError if it is not."""
     if not isinstance(value, str):
         raise ValueError(f"{json.dumps(value)[:40]} where there must be a text")
     value.encode()  # fails for half a surrogate pair, which JSON can spell and no tokenizer takes

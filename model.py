@@ -292,6 +292,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
+        """Draw A, and set B to zero."""
         if not self.A.is_meta:
             A = nn.init.kaiming_uniform_(torch.empty(self.A.shape), a=math.sqrt(5))  # alike on all devices
             own(self.A).copy_(own_rows(A, self.A))
@@ -755,6 +756,7 @@ def main() -> None:
 
 
 def export_or_continue(args: argparse.Namespace) -> None:
+    """Save the checkpoint in Hugging Face's layout, or print the prompt and stream what the model says next."""
     if args.export == "":
         raise InputError("--export: name a folder")
     if args.export:

@@ -979,6 +979,7 @@ def comment(loss: float, vocab_size: int, args: argparse.Namespace) -> None:
 
 
 def describe(result: dict) -> str:
+    """An evaluation in words."""
     text = f"validation loss {result['val_loss']:.4f}"
     if "val_accuracy" in result:
         text += f", accuracy {result['val_accuracy']:.1%} (by length {result['val_accuracy_norm']:.1%})"
@@ -1048,6 +1049,7 @@ def show_layers() -> None:
 
 
 def main() -> None:
+    """`python train.py`."""
     parser = flag_parser()
 
     def error(message: str) -> None:
