@@ -618,7 +618,7 @@ def load_model(
         if layout == "hf" and name.endswith(("wq.weight", "wk.weight")):
             weight = permute_rotary(weight, config.head_dim, to_hf=False)
         if not distribute:
-            parameter = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            parameter = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)  # empty_like imports sympy
             model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(parameter)
         own(parameter).copy_(own_rows(weight, parameter))
     if config.tie_word_embeddings and not distribute:

@@ -155,11 +155,12 @@ class LayerSampler:
     """Draws the layers to train next, `active` of them without replacement, and freezes the others.
 
     layers: the model's blocks. probabilities: [L]. Parameters that are frozen when the sampler is made stay so: only
-    the others take turns, and a draw unfreezes them even if they were frozen by hand since. A layer of probability 0 is drawn only if fewer than `active` have a positive one; the places
-    left are then filled uniformly. Several processes that train one model must draw alike: score on the same batches,
-    or send the probabilities of one to the others. DistributedDataParallel leaves out what is frozen when it wraps the
-    model, so wrap it before the first draw, and with find_unused_parameters=True. Raises ValueError if `active` is not
-    between 1 and L, if there are not L probabilities, or if a layer is frozen altogether."""
+    the others take turns, and a draw unfreezes them even if they were frozen by hand since. A layer of probability 0 is
+    drawn only if fewer than `active` have a positive one; the places left are then filled uniformly. Several processes
+    that train one model must draw alike: score on the same batches, or send the probabilities of one to the others.
+    DistributedDataParallel leaves out what is frozen when it wraps the model, so wrap it before the first draw, and with
+    find_unused_parameters=True. Raises ValueError if `active` is not between 1 and L, if there are not L probabilities,
+    or if a layer is frozen altogether."""
 
     def __init__(self, layers: Sequence[nn.Module], probabilities: Tensor, active: int, seed: int = 0):
         self.layers, self.active = layers, active
@@ -242,7 +243,7 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     to no more than sqrt(n), the length of Adam's first step for all of G_i (sqrt(m) if m < n). |N_i| is that of the step
     before (sqrt(rank) in the first), so it need not wait for N. From the second step on the norm of it all is at most
-    1.01 times what it was in the step before, or should have been at least, a tenth of the |N| used there.
+    1.01 times the larger of two: what it was in the step before, and a tenth of the |N| used there.
 
     A matrix whose gradient is zero or not finite when a new P is due stays as it is, and P stays due. Skipping `step`
     changes nothing, except with in_backward: the backward pass has added the residual to W by then, and turned the

@@ -179,8 +179,8 @@ def run(args: argparse.Namespace) -> None:
 
 def training_step(model: Transformer, optimizer: ProjectedAdam, batches: list, max_norm: float) -> tuple[float, float]:
     """One optimizer step on the micro-batches of `step_batches`, skipped if loss or gradients are not finite (a residual
-    has moved the weights by then). Returns the mean loss over all targets, in nats, and the norm of the
-    gradients before clipping."""
+    has moved the weights by then). Returns the mean loss over all targets, in nats, and the norm of the gradients
+    before clipping."""
     optimizer.zero_grad()
     optimizer.micro_batches = len(batches)
     loss = 0.0

@@ -604,11 +604,10 @@ FRESH = 5  # the first seed that no setting was chosen by
 def unseen(args: argparse.Namespace) -> str:
     """What ended best, and its rivals, on validation data on which nothing was chosen: --data NAME-unseen has the training
     data of NAME, whose finished runs say which learning rates are best."""
-    names = {key: str(getattr(args, key)).replace("-unseen", "") for key in ("data", "val_data")}
-    if names["data"] == args.data or names["val_data"] == args.val_data:
-        raise InputError(
-            "unseen: --data and --val-data must be called NAME-unseen, beside NAME; bench/tasks.py makes them"
-        )
+    paths = {key: Path(str(getattr(args, key))) for key in ("data", "val_data")}
+    if not all("-unseen" in path.name for path in paths.values()):
+        raise InputError("unseen: call --data and --val-data NAME-unseen, beside NAME, as bench/tasks.py does")
+    names = {key: str(path.with_name(path.name.replace("-unseen", ""))) for key, path in paths.items()}
     others = {"finished": True, "wanted": None, "missing": [], "machines": set()}
     seen = argparse.Namespace(**vars(args) | names | others)
     seen.files, frozen = checksum(seen), {"embeddings": "frozen"}
