@@ -369,9 +369,9 @@ class ProjectedAdam(torch.optim.Optimizer):
     def _basis_is_due(self, group: dict, p: Tensor) -> bool:
         """Whether P must be renewed. A step that changed nothing does not count, so a basis that failed stays due."""
         state, rank = self.state[p], min(group["rank"], *p.shape)
-        if rank < 1:
-            raise ValueError(f"rank {group['rank']} must be at least 1; None makes the group plain AdamW")
-        known = "basis" in state and state["basis"].shape[1] == rank  # the group's rank may have been edited
+        if rank < 1 or group["update_gap"] < 1:  # the group may have been edited
+            raise ValueError("rank and update_gap must be at least 1; a rank of None makes the group plain AdamW")
+        known = "basis" in state and state["basis"].shape[1] == rank
         return not known or state.get("step", 0) % group["update_gap"] == 0
 
     def _gradients(self) -> list[tuple[int, dict, Tensor, Tensor]]:

@@ -2154,10 +2154,13 @@ def test_param_groups_can_be_edited(in_backward):
     train_net(net, optimizer, 1)
     assert [optimizer.state[p]["basis"].shape[1] for p in net.parameters() if p.dim() == 2] == [2, 2]
     assert [optimizer.state[p]["step"] for p in net.parameters()] == [1, 5, 1, 5]
-    optimizer.param_groups[0]["rank"] = 0
-    with pytest.raises(ValueError, match="at least 1"):
-        train_net(net, optimizer, 1)
-    net.zero_grad()
+    for name in ("rank", "update_gap"):
+        good = optimizer.param_groups[0][name]
+        optimizer.param_groups[0][name] = 0
+        with pytest.raises(ValueError, match="at least 1"):
+            train_net(net, optimizer, 1)
+        net.zero_grad()
+        optimizer.param_groups[0][name] = good
     optimizer.param_groups[0]["rank"] = None  # AdamW from here
     weights = train_net(net, optimizer, 5)
     assert all(p.isfinite().all() for p in weights) and "basis" not in optimizer.state[net[0].weight]

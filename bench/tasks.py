@@ -11,6 +11,7 @@ boolq         all but the last 100 records of boolq_test.json to train, and thos
 
 arc-unseen    all of arc_easy_train.json to train, and to validate what nothing was chosen on: of the next 500 records of
               arc_easy_test.json those whose question is not among them
+shakespeare-unseen  likewise the same 600,000 characters, and to validate the 28,000 before the last 14,000
 
 python bench/tasks.py ../shared/data runs/tasks
 
@@ -50,6 +51,9 @@ def main() -> None:
         text = (source / file).read_text()
         (target / f"{name}.txt").write_text(text[:600_000])
         (target / f"{name}-val.txt").write_text(text[-14_000:])
+        if name == "shakespeare":
+            (target / "shakespeare-unseen.txt").write_text(text[:600_000])
+            (target / "shakespeare-unseen-val.txt").write_text(text[-42_000:-14_000])
     alpaca, arc, test, boolq = (
         json.loads((source / f"{name}.json").read_text())
         for name in ("alpaca_en_demo", "arc_easy_train", "arc_easy_test", "boolq_test")
