@@ -74,6 +74,8 @@ from owlore import (
 )
 
 torch.set_num_threads(1)  # on tensors this small a second thread only costs
+settings.register_profile("untimed", deadline=None)  # a busy machine is no defect
+settings.load_profile("untimed")
 
 SHARED = Path(__file__).parent.parent / "shared"
 STORIES = SHARED / "checkpoints" / "stories260K"
@@ -706,14 +708,14 @@ def test_damaged_checkpoint_files_load_or_are_refused_in_one_line(file, checkpoi
     raw = (checkpoint / file).read_bytes()
     header = struct.unpack("<Q", raw[:8])[0] + 8 if file == "model.safetensors" else len(raw)
     refused = 0
-    for head in mutations(raw[:header], 400, seed=0):
+    for head in mutations(raw[:header], 200, seed=0):
         (checkpoint / file).write_bytes(head + raw[header:])
         try:
             load_model(checkpoint)
         except InputError as error:
             assert "\n" not in str(error).strip()
             refused += 1
-    assert refused > 100
+    assert refused > 50
 
 
 # data.py
@@ -779,7 +781,7 @@ def test_a_long_text_is_tokenised_by_lines_as_in_one(name):
 
     for file in ("wikitext2_valid.txt", "tinyshakespeare.txt", "c4_demo.jsonl") if SHARED.is_dir() else ():
         check((SHARED / "data" / file).read_text()[:60000])
-    settings(max_examples=300, deadline=None)(given(st.text(alphabet="a1. é\n\n\r\t\x0b\x1c\u2028")))(check)()
+    settings(max_examples=300)(given(st.text(alphabet="a1. é\n\n\r\t\x0b\x1c\u2028")))(check)()
     text = "a\n\n \n b  c\t\n\td.\n\n\ne f\r\ng 12345 h\n 67890.\n" * 50
     check(text)
     encode, lengths = tokenizer.encode, []
@@ -990,10 +992,18 @@ def test_what_is_no_record_is_refused(raw, names):
         parse_record(raw)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.sampled_from(["system", "instruction", "input", "output", "answer", "prompt", "choices", "messages", "role", "content", "text", "completion", "question", "conversations", "from", "value"]), c))  # fmt: skip
+JSON_KEYS = (
+    "system instruction input output answer prompt choices messages role content text completion question".split()
+)
+JSON_KEYS += ["conversations", "from", "value"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(JSON_KEYS), inner),
+    max_leaves=20,
+)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(JSON)
 def test_any_json_is_a_record_or_refused(value):
     try:
@@ -1093,7 +1103,7 @@ def tokenizer_json(tmp_path):
     return path
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=80))
 def test_tokenizer_json_alone_is_read(tokenizer_json, text):
     tokenizer = load_tokenizer(tokenizer_json)
@@ -1274,7 +1284,7 @@ def test_samples_are_rows_drawn_by_seed():
 id_rows = st.lists(st.integers(-9, 8), min_size=2, max_size=9)  # negative: context
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(id_rows, st.lists(id_rows, max_size=3)), min_size=1, max_size=4), st.sampled_from([None, 4]))
 def test_each_target_is_predicted_from_what_stands_before_it_in_its_row_and_nothing_else(examples, window):
     """Whatever rows have in common: what a predicting token sees, in the order of positions, is the row up to there."""
