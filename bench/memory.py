@@ -276,6 +276,7 @@ ONE = [
     *(f"llama2-7b 16x512 --method {method}" for method in BASELINES),
     *(f"llama3-8b 1x1024 --embeddings {how}" for how in EMBEDDINGS),
     *(f"llama3-8b 1x1024 --method {method}" for method in BASELINES),
+    *(f"llama3-8b 16x512 --method {method}" for method in ("owlore", "lora")),
     *(f"mistral-7b 1x1024 --embeddings {how}" for how in EMBEDDINGS),
     *(f"llama2-7b 2x1024 kept --embeddings {how}" for how in EMBEDDINGS),
     *(f"llama2-7b 2x1024 kept --method {method}" for method in BASELINES),
