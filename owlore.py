@@ -232,7 +232,9 @@ class ProjectedAdam(torch.optim.Optimizer):
         W = (1 - lr weight_decay) W - lr scale N P^T        (`scale` defaults to 1)
 
     If m < n it is P = U_r [m, rank], R = P^T G [rank, n] and P N. A group without a rank is trained by AdamW. lr,
-    betas, eps, weight_decay: as torch.optim.AdamW's, but no decay by default. bf16 weights are rounded stochastically.
+    betas, eps, weight_decay: as torch.optim.AdamW's, but no decay by default. bf16 weights are rounded stochastically, by
+    the same noise in all processes: its seed is the group's `steps`, from 0, and the parameter's number. An optimizer that
+    is made anew every few steps needs them ({"params": ..., "steps": steps so far}), or it repeats its noise.
     A weight that is frozen (does not require a gradient) takes no part, whatever its p.grad; it loses its state, P too,
     and begins anew.
 
@@ -246,8 +248,8 @@ class ProjectedAdam(torch.optim.Optimizer):
     1.01 times the larger of two: what it was in the step before, and a tenth of the |N| used there.
 
     A matrix whose gradient is zero or not finite when a new P is due stays as it is, and P stays due. Skipping `step`
-    changes nothing, except with in_backward: the backward pass has added the residual to W by then, and turned the
-    first moment to a new P.
+    changes nothing, except with in_backward: the backward pass has added the residual to W by then, at the lr of that
+    moment (`step` raises RuntimeError if lr has changed since), and turned the first moment to a new P.
 
     It is used like any optimizer: p.grad holds G until `step`. in_backward: project in the backward pass instead, which
     saves the gradients' memory (part 4). svd: "randomized" or "exact". Raises ValueError for settings out of range, and
@@ -263,9 +265,12 @@ class ProjectedAdam(torch.optim.Optimizer):
         svd: str = "randomized",
         in_backward: bool = False,
     ):
-        self.in_backward, self.micro_batches = in_backward, 1  # micro_batches: the backward passes of a step
+        self.in_backward, self.micro_batches = False, 1  # micro_batches: the backward passes of a step
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, svd=svd)
         super().__init__(params, defaults | dict(rank=None, update_gap=100, scale=1.0, residual=False, steps=0))
+        self.in_backward = in_backward  # only now: where a group was refused no parameter is to have a hook
+        for group in self.param_groups:
+            project_in_backward(group, self)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
@@ -391,6 +396,11 @@ class ProjectedAdam(torch.optim.Optimizer):
                 if g.optimizer() is self and group["rank"] is not None:
                     g = g.low_rank(group)
                     partial += [p.grad] if p.grad.partial else []
+                    if group["residual"] and p.grad.lr not in (None, float(group["lr"])):
+                        raise RuntimeError(
+                            f"the residual was added in the backward pass, at lr {p.grad.lr:g}, which is "
+                            f"{float(group['lr']):g} now: with in_backward set lr before the backward pass"
+                        )
             elif g.is_sparse:
                 raise RuntimeError("sparse gradients are not supported: use nn.Embedding(sparse=False)")
             gradients.append((index, group, p, g))
@@ -447,7 +457,7 @@ class ProjectedAdam(torch.optim.Optimizer):
         """Scale all gradients, R of those projected in the backward pass, to a joint 2-norm of at most max_norm.
 
         Returns the norm before, fp32, without waiting for the device; R's is smaller than G's. It is not finite if a
-        gradient is not, and then all of them become nan, as by torch.nn.utils.clip_grad_norm_."""
+        gradient is not, and then all of them become nan, or zero if it is inf, as by torch.nn.utils.clip_grad_norm_."""
         gradients = [g for *_, g in self._gradients()]
         norms = []
         for g in gradients:
@@ -474,8 +484,9 @@ class ProjectedAdam(torch.optim.Optimizer):
             for now, was in zip(self.param_groups, loaded["param_groups"]):
                 if (now["rank"] is None) != (was.get("rank") is None):
                     raise ValueError(f"a group of rank {now['rank']} cannot load the state of rank {was.get('rank')}")
-                if was.get("amsgrad") or was.get("maximize"):
-                    raise ValueError("cannot load the state of an AdamW with amsgrad or maximize")
+                coupled = was.get("weight_decay") and was.get("decoupled_weight_decay") is False  # in the gradient
+                if coupled or was.get("amsgrad") or was.get("maximize"):
+                    raise ValueError("cannot load the state of Adam with weight decay, or with amsgrad or maximize")
             known = {"step", "exp_avg", "exp_avg_sq", "basis", "lengths", "residual"}
             if unknown := set().union(*loaded["state"].values()) - known:
                 raise ValueError(f"cannot load the state of an optimizer that keeps {', '.join(sorted(unknown))}")
@@ -552,9 +563,10 @@ def adam(g: Tensor, m: Tensor, v: Tensor, t: int, group: dict) -> Tensor:
 def write_back(p: Tensor, update: Tensor, group: dict, noise: Tensor | None) -> None:
     """p = (1 - lr weight_decay) p - lr update, computed in fp32; update has the shape of p."""
     new = p.to(update.device, torch.promote_types(p.dtype, torch.float32))  # p itself, if it is fp32 there already
+    lr = float(group["lr"])  # which may be a tensor
     if group["weight_decay"]:
-        new.mul_(1 - group["lr"] * group["weight_decay"])
-    new.sub_(update, alpha=group["lr"])
+        new.mul_(1 - lr * group["weight_decay"])
+    new.sub_(update, alpha=lr)
     if new is not p:
         p.copy_(stochastic_round(new, noise) if p.dtype == torch.bfloat16 else new)
 
@@ -665,10 +677,12 @@ class ProjectedGradient(Tensor):
 
     def __new__(cls, p: Tensor, optimizer: ProjectedAdam):
         # p.grad must be a tensor of p's shape. This one has no data: R, far smaller, is an attribute.
-        self = Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device)
+        dtype = getattr(p, "grad_dtype", None) or p.dtype  # newer torch lets a gradient have another dtype
+        self = Tensor._make_wrapper_subclass(cls, p.shape, dtype=dtype, device=p.device)
         self.p, self.optimizer = weakref.ref(p), weakref.ref(optimizer)
         self.R, self.G, self.passes = None, None, 0  # G: the sum so far, for a basis that is due, or a residual
         self.partial = False  # whether these are of this process's tokens only
+        self.lr: float | None = None  # at which a residual was added
         return self
 
     @torch.no_grad()
@@ -704,7 +718,7 @@ class ProjectedGradient(Tensor):
             if self.partial:
                 all_rows = mean_over_processes(G, p)
                 self.partial, G = False, all_rows[rows_of(p)]
-            self.R = self.optimizer()._project(group, p, G, all_rows)
+            self.R, self.lr = self.optimizer()._project(group, p, G, all_rows), float(group["lr"])
         return self.R
 
     @classmethod
@@ -749,7 +763,7 @@ def project_in_backward(group: dict, optimizer: ProjectedAdam) -> None:
         elif p.grad.optimizer() is not optimizer:
             raise RuntimeError("another ProjectedAdam projects the gradient: set its in_backward to False or delete it")
 
-    for p in group["params"]:
+    for p in (p for p in group["params"] if p.is_floating_point()):  # quantized ones are frozen
         # torch takes a hook only while the parameter requires a gradient; it stays when the parameter is frozen again.
         requires_grad = p.requires_grad
         p.requires_grad_().register_post_accumulate_grad_hook(hook)
@@ -772,7 +786,7 @@ class Linear(nn.Linear):
         return self.__dict__ | {"taker": None}  # no optimizer has a copy's weight yet
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.requires_grad and self.taker is not None:
+        if self.weight.requires_grad and self.taker is not None and not torch.compiler.is_compiling():
             optimizer, p = (reference() for reference in self.taker)
             group = projected_group(p, optimizer)
             if group is None or not group["residual"]:  # which moves W as soon as G is there: x's gradient comes first
@@ -807,7 +821,7 @@ def take_factors(model: nn.Module, optimizer: ProjectedAdam) -> None:
     """Have every `Linear` of a model hand its factors to an optimizer that projects in the backward pass. From then on
     G is made only for new bases: of the 6 FLOP of a step per weight and token 2 become 2 (rank / m + rank / n), which
     is 29 % less for GaLore at rank 256 in a 7B that keeps its activations. (A weight with a residual needs G in each
-    step, and hands over none.)"""
+    step, and hands over none; nor does a compiled module.) Hooks on a weight then get None, but for new bases."""
     for module in model.modules():
         if isinstance(module, Linear):
             # Under FSDP forward and backward pass see another tensor than this one, which the optimizer has.

@@ -2193,6 +2193,73 @@ def test_a_group_edited_to_a_rank_begins_anew_even_if_its_next_gradient_is_zero(
     assert torch.equal(W, fresh)
 
 
+def test_an_lr_set_after_the_backward_pass_is_refused_if_a_residual_was_added_at_another():
+    for in_backward, residual in itertools.product([False, True], [False, True]):
+        net, optimizer = small_net(in_backward, residual=residual)
+        train_net(net, optimizer, 2)
+        optimizer.zero_grad()
+        loss_of(net).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor([0.01])  # numbers in any form
+        refused = pytest.raises(RuntimeError, match="at lr 0.02, which is 0.01 now")
+        with refused if in_backward and residual else contextlib.nullcontext():
+            optimizer.step()
+        train_net(net, optimizer, 1)  # all is well if it is set before
+
+
+def test_a_constructor_that_refuses_leaves_no_hooks():
+    net, _ = small_net()
+    with pytest.raises(ValueError, match="only matrices"):
+        ProjectedAdam([{"params": [p], "rank": 3} for p in net.parameters()], lr=0.1, in_backward=True)
+    assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
+
+
+def test_a_frozen_matrix_of_integers_takes_no_part():
+    for in_backward in (False, True):
+        quantized = nn.Parameter(torch.ones(6, 4, dtype=torch.int8), requires_grad=False)
+        W = nn.Parameter(torch.ones(6, 4))
+        optimizer = ProjectedAdam([{"params": [quantized, W], "rank": 2}], lr=0.1, in_backward=in_backward)
+        (W * torch.arange(24.0).view(6, 4)).sum().backward()
+        optimizer.step()
+        assert quantized.eq(1).all() and not W.eq(1).all() and quantized not in optimizer.state
+
+
+@pytest.mark.skipif(not hasattr(torch.ones(1), "grad_dtype"), reason="this torch has gradients of the weight's dtype")
+def test_gradients_may_have_another_dtype_than_the_weight():
+    updates = []
+    for in_backward in (False, True):
+        torch.manual_seed(0)
+        W = nn.Parameter(torch.randn(6, 4).bfloat16())
+        W.grad_dtype = torch.float32
+        optimizer = ProjectedAdam([{"params": [W], "rank": 2}], lr=0.1, in_backward=in_backward)
+        for G in torch.randn(3, 6, 4):
+            optimizer.zero_grad()
+            (W * G).sum().backward()
+            optimizer.step()
+        updates.append(W.detach())
+    assert torch.equal(*updates)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_compiled_linear_hands_over_no_factors(residual):
+    """Else a changing optimizer would be part of what is compiled, which then is compiled anew at each step."""
+    weights = []
+    for how in ({}, {"backend": "aot_eager", "fullgraph": True}):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        net = nn.Sequential(owlore.Linear(6, 12), nn.Tanh(), owlore.Linear(12, 8))
+        groups = [{"params": [*net.parameters()], "rank": 3, "residual": residual}]
+        optimizer = ProjectedAdam(groups, lr=0.02, in_backward=True)
+        owlore.take_factors(net, optimizer)
+        run = torch.compile(net, **how) if how else net
+        for _ in range(12):
+            optimizer.zero_grad()
+            run(X).square().sum().backward()
+            optimizer.step()
+        weights.append(weights_of(net))
+    assert_close(*weights)
+
+
 def test_loading_a_state_again_and_again_hooks_no_parameter_twice():
     net, optimizer = small_net(in_backward=True)
     for _ in range(5):
@@ -2215,6 +2282,11 @@ def test_a_state_that_does_not_fit_the_groups_is_refused():
     saved["state"][0]["exp_avg"] = torch.ones(3)
     with pytest.raises(ValueError, match="neither all of"):
         plain.load_state_dict(saved)
+    for decay in (0.0, 0.1):  # Adam has it in the gradient, AdamW not
+        adam = torch.optim.Adam(matrices, lr=0.02, weight_decay=decay)
+        train_net(net, adam, 1)
+        with pytest.raises(ValueError, match="weight decay") if decay else contextlib.nullcontext():
+            ProjectedAdam(matrices, lr=0.02).load_state_dict(adam.state_dict())
     sgd = torch.optim.SGD(matrices, lr=0.02, momentum=0.9)
     train_net(net, sgd, 1)
     with pytest.raises(ValueError, match="momentum_buffer"):
