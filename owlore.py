@@ -232,11 +232,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         W = (1 - lr weight_decay) W - lr scale N P^T        (`scale` defaults to 1)
 
     If m < n it is P = U_r [m, rank], R = P^T G [rank, n] and P N. A group without a rank is trained by AdamW. lr,
-    betas, eps, weight_decay: as torch.optim.AdamW's, but no decay by default. bf16 weights are rounded stochastically, by
-    the same noise in all processes: its seed is the group's `steps`, from 0, and the parameter's number. An optimizer that
-    is made anew every few steps needs them ({"params": ..., "steps": steps so far}), or it repeats its noise.
-    A weight that is frozen (does not require a gradient) takes no part, whatever its p.grad; it loses its state, P too,
-    and begins anew.
+    betas, eps, weight_decay: as torch.optim.AdamW's, but no decay by default. A weight that is frozen (does not require a
+    gradient) takes no part, whatever its p.grad; it loses its state, P too, and begins anew.
 
     A group with `residual` also follows what of G lies outside of P, without moments (Fira, arXiv 2410.01623): each row
     of it (column if m < n) is scaled as Adam scales that of R,
@@ -250,6 +247,10 @@ class ProjectedAdam(torch.optim.Optimizer):
     A matrix whose gradient is zero or not finite when a new P is due stays as it is, and P stays due. Skipping `step`
     changes nothing, except with in_backward: the backward pass has added the residual to W by then, at the lr of that
     moment (`step` raises RuntimeError if lr has changed since), and turned the first moment to a new P.
+
+    bf16 weights are rounded stochastically. The noise is the same in all processes: its seed is the group's `steps`, from
+    0, and the parameter's number. An optimizer that is made anew every few steps needs the first of them, {"params": ...,
+    "steps": those so far}, or it repeats its noise.
 
     It is used like any optimizer: p.grad holds G until `step`. in_backward: project in the backward pass instead, which
     saves the gradients' memory (part 4). svd: "randomized" or "exact". Raises ValueError for settings out of range, and
