@@ -248,9 +248,9 @@ class ProjectedAdam(torch.optim.Optimizer):
     changes nothing, except with in_backward: the backward pass has added the residual to W by then, at the lr of that
     moment (`step` raises RuntimeError if lr has changed since), and turned the first moment to a new P.
 
-    bf16 weights are rounded stochastically. The noise is the same in all processes: its seed is the group's `steps`, from
-    0, and the parameter's number. An optimizer that is made anew every few steps needs the first of them, {"params": ...,
-    "steps": those so far}, or it repeats its noise.
+    bf16 weights are rounded stochastically, by the same noise in all processes: its seed is the group's `steps`, those
+    taken so far, and the parameter's number. If you make a new optimizer in the course of a run, begin its groups at that
+    count, {"params": ..., "steps": 400}, or the noise repeats.
 
     It is used like any optimizer: p.grad holds G until `step`. in_backward: project in the backward pass instead, which
     saves the gradients' memory (part 4). svd: "randomized" or "exact". Raises ValueError for settings out of range, and
@@ -397,10 +397,10 @@ class ProjectedAdam(torch.optim.Optimizer):
                 if g.optimizer() is self and group["rank"] is not None:
                     g = g.low_rank(group)
                     partial += [p.grad] if p.grad.partial else []
-                    if group["residual"] and p.grad.lr not in (None, float(group["lr"])):
+                    if p.grad.lr not in (None, float(group["lr"])):
                         raise RuntimeError(
-                            f"the residual was added in the backward pass, at lr {p.grad.lr:g}, which is "
-                            f"{float(group['lr']):g} now: with in_backward set lr before the backward pass"
+                            f"the residual was added at lr {p.grad.lr}, which is {float(group['lr'])} now: with "
+                            "in_backward set lr before the backward pass"
                         )
             elif g.is_sparse:
                 raise RuntimeError("sparse gradients are not supported: use nn.Embedding(sparse=False)")
@@ -458,7 +458,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         """Scale all gradients, R of those projected in the backward pass, to a joint 2-norm of at most max_norm.
 
         Returns the norm before, fp32, without waiting for the device; R's is smaller than G's. It is not finite if a
-        gradient is not, and then all of them become nan, or zero if it is inf, as by torch.nn.utils.clip_grad_norm_."""
+        gradient is not: if it is nan all of them become nan; if it is inf what is finite becomes zero, the rest nan, as
+        by torch.nn.utils.clip_grad_norm_."""
         gradients = [g for *_, g in self._gradients()]
         norms = []
         for g in gradients:
@@ -519,6 +520,7 @@ class ProjectedAdam(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.update({"residual": False} | self.defaults | group)  # torch's AdamW has fewer, as older versions had
+            group.pop("decoupled_weight_decay", None)  # of a loaded state; here it always is
             if "in_backward" in state:  # of a copy, whose parameters have no hooks yet; loading a state comes here too
                 project_in_backward(group, self)
 
@@ -719,7 +721,8 @@ class ProjectedGradient(Tensor):
             if self.partial:
                 all_rows = mean_over_processes(G, p)
                 self.partial, G = False, all_rows[rows_of(p)]
-            self.R, self.lr = self.optimizer()._project(group, p, G, all_rows), float(group["lr"])
+            self.R = self.optimizer()._project(group, p, G, all_rows)
+            self.lr = float(group["lr"]) if group["residual"] and self.R.dim() else None
         return self.R
 
     @classmethod

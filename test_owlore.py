@@ -2193,18 +2193,26 @@ def test_a_group_edited_to_a_rank_begins_anew_even_if_its_next_gradient_is_zero(
     assert torch.equal(W, fresh)
 
 
-def test_an_lr_set_after_the_backward_pass_is_refused_if_a_residual_was_added_at_another():
-    for in_backward, residual in itertools.product([False, True], [False, True]):
-        net, optimizer = small_net(in_backward, residual=residual)
-        train_net(net, optimizer, 2)
-        optimizer.zero_grad()
-        loss_of(net).backward()
-        for group in optimizer.param_groups:
-            group["lr"] = torch.tensor([0.01])  # numbers in any form
-        refused = pytest.raises(RuntimeError, match="at lr 0.02, which is 0.01 now")
-        with refused if in_backward and residual else contextlib.nullcontext():
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("moved", [1.0, 0.0])
+def test_an_lr_set_after_the_backward_pass_is_refused_if_a_residual_was_added(moved, residual, in_backward):
+    net, optimizer = small_net(in_backward, residual=residual)
+    train_net(net, optimizer, 4)  # a new basis is due next, which a zero gradient puts off
+    optimizer.zero_grad()
+    (moved * loss_of(net)).backward()
+    optimizer.clip_grad_norm_(1.0)
+    before = weights_of(net)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor([0.01]).double()  # numbers in any form
+    if in_backward and residual and moved:
+        with pytest.raises(RuntimeError, match=r"at lr 0\.02, which is 0\.00999\d* now"):
             optimizer.step()
-        train_net(net, optimizer, 1)  # all is well if it is set before
+        assert all(map(torch.equal, weights_of(net), before))
+        assert [optimizer.state[p]["step"] for p in net.parameters()] == [4] * 4
+    else:
+        optimizer.step()
+        assert moved == 0 or not any(map(torch.equal, weights_of(net), before))
 
 
 def test_a_constructor_that_refuses_leaves_no_hooks():
@@ -2282,11 +2290,17 @@ def test_a_state_that_does_not_fit_the_groups_is_refused():
     saved["state"][0]["exp_avg"] = torch.ones(3)
     with pytest.raises(ValueError, match="neither all of"):
         plain.load_state_dict(saved)
-    for decay in (0.0, 0.1):  # Adam has it in the gradient, AdamW not
-        adam = torch.optim.Adam(matrices, lr=0.02, weight_decay=decay)
-        train_net(net, adam, 1)
-        with pytest.raises(ValueError, match="weight decay") if decay else contextlib.nullcontext():
-            ProjectedAdam(matrices, lr=0.02).load_state_dict(adam.state_dict())
+    adam = torch.optim.Adam(matrices, lr=0.02)
+    train_net(net, adam, 1)
+    saved = adam.state_dict()
+    saved["param_groups"][0]["decoupled_weight_decay"] = False  # older torch does not say it
+    loaded = ProjectedAdam(matrices, lr=0.02)
+    loaded.load_state_dict(copy.deepcopy(saved))
+    loaded.param_groups[0]["weight_decay"] = 0.1  # which here is decoupled
+    ProjectedAdam(matrices, lr=0.02).load_state_dict(loaded.state_dict())
+    saved["param_groups"][0]["weight_decay"] = 0.1  # in the gradient
+    with pytest.raises(ValueError, match="weight decay"):
+        ProjectedAdam(matrices, lr=0.02).load_state_dict(saved)
     sgd = torch.optim.SGD(matrices, lr=0.02, momentum=0.9)
     train_net(net, sgd, 1)
     with pytest.raises(ValueError, match="momentum_buffer"):

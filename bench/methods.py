@@ -591,13 +591,16 @@ def default(args: argparse.Namespace) -> str:
         "full": {"method": "full"} | frozen,
     }
     rows = [search(args, name, row) for name, row in flags.items()]
-    lora = next((row for row in rows if row and row.name == "lora"), None)
-    if lora and args.steps:  # LoRA makes no gradients of weights: of the 6 FLOP per weight and token it needs 4
+    lora, more = next((row for row in rows if row and row.name == "lora"), None), ""
+    if lora and args.steps:
         longer = {"method": "lora", "steps": args.steps * 3 // 2}
         rows.append(search(args, f"lora, {longer['steps']} steps", longer, like=lora))
+        if rows[-1]:
+            more = f"""
+LoRA makes no gradients of weights: its {longer["steps"]} steps are the arithmetic of the default's {args.steps}, if activations are kept."""
     return f"""All layers by default, what a projection leaves out followed. 20 of 32 layers are drawn ten times in a run; with
 scale 1 norms learn at a tenth of the rate, else at a twentieth. LISA's embedding and head, and full fine-tuning's, are
-frozen. Half as many steps again of LoRA are about as much arithmetic as the default's, if activations are kept.
+frozen.{more}
 
 {compare(args, rows, "train.py's default")}"""
 
