@@ -5,6 +5,7 @@
     budget      few layers at a high rank or many at a low one, within the memory of LoRA, of LISA and as published
     default     train.py's default beside 20 of 32 layers that are drawn, and beside the other methods
     unseen      what ended best, and its rivals, on validation data on which nothing was chosen
+    longer      what ended best, and LoRA, in runs of three times as many steps
     draws       20 of 32 layers drawn in turns, uniformly, and with the moments of resting layers kept
     residual    20 of 32 layers with and without what the projection leaves out of the gradient
     projection  all layers at a low rank: warm-up, another beta2, other gaps and scales, and the rest of the gradient
@@ -15,11 +16,12 @@
     packing     one record a row, or as many as fit, at equal tokens
 
 Every row of a table has its own learning rate: the best on seed 0 out of --lrs, a grid that is extended as long as the
-best is at its end, and of any others at which there is a finished run. All seeds then run at that one. A finished run is kept in bench/results/methods-runs.jsonl, with the
-commit it was made by, under its flags and a checksum of checkpoint and data: a study that was interrupted goes on where
-it was, and --finished writes the tables of those that are there already, and names what they lack. (Some at scale 0.5,
-by 745c8cd and 59a2716, were made as twice the residual at half the rate: without weight decay that is the same.) --jobs
-runs several at once, as fill a GPU (with OMP_NUM_THREADS=1, and CUDA's MPS if it is there).
+best is at its end, and of any others at which there is a finished run. All seeds then run at that one. A finished run
+is kept in bench/results/methods-runs.jsonl, with the commit it was made by, under its flags and a checksum of
+checkpoint and data: a study that was interrupted goes on where it was, and --finished writes the tables of those that
+are there already, and names what they lack. (Some at scale 0.5, by 745c8cd and 59a2716, were made as twice the residual
+at half the rate: without weight decay that is the same.) --jobs runs several at once, as fill a GPU (with
+OMP_NUM_THREADS=1, and CUDA's MPS if it is there).
 
     python bench/methods.py methods sampling --ckpt tiny --data tiny/train.json --val-data tiny/val.json --seq-len 72
 """
@@ -638,6 +640,18 @@ were chosen by either. OwLore draws the paper's 5 of 32 layers, ten times in a r
 {compare(args, rows, "lora")}"""
 
 
+def longer(args: argparse.Namespace) -> str:
+    """What ended best, and LoRA, in runs of three times as many steps."""
+    steps, rows = 3 * args.steps, []
+    both = {"lora": {"method": "lora"}, "all layers, residual": many_layers(args, args.config.n_layers) | HALF}
+    for name, flags in both.items():
+        if short := search(args, name, flags):
+            rows.append(search(args, f"{name}, {steps} steps", flags | {"steps": steps}, like=short))
+    return f"""Embedding and head are frozen. Both learn at the rate that was best for them in {args.steps} steps.
+
+{compare(args, rows, f"lora, {steps} steps")}"""
+
+
 def draws(args: argparse.Namespace) -> str:
     """Independent draws, or each layer in its turn; moments dropped, or kept."""
     base = many_layers(args)
@@ -855,6 +869,7 @@ STUDIES = {
         budget,
         default,
         unseen,
+        longer,
         draws,
         residual,
         projection,
