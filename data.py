@@ -175,7 +175,12 @@ def split_records(records: list[Record], share: float, most: int, seed: int) -> 
 
 class Tokenizer:
     """Text to token ids and back, by the package in `model`. Has `vocab_size`, and `bos_id` and `eos_id`, which are -1
-    if there are no such tokens. hf_config: what Hugging Face's tools need to be told, or they take it for another one."""
+    if there are no such tokens. hf_config: what Hugging Face's tools need to be told, or they take it for another one;
+    nothing if it says that itself. special: a pattern of the special tokens that it reads as text where a text spells
+    them out."""
+
+    hf_config: dict = {}
+    special: re.Pattern | None = None
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of a text, between BOS and EOS if asked for. A text that has them itself gets no second ones."""
@@ -199,6 +204,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.model.LoadFromSerializedProto(raw)
         self.vocab_size, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.model.unk_id()}
+        control = filter(self.model.is_control, range(self.vocab_size))
+        self.special = re.compile("|".join(re.escape(self.model.id_to_piece(id)) for id in control) or r"(?!)")
         # transformers 5 puts together a LlamaTokenizer's merges in another order than SentencePiece.
         self.hf_config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "legacy": True}
         self.hf_config |= {key: self.model.id_to_piece(id) for key, id in ids.items() if id >= 0}
@@ -210,8 +217,16 @@ class TiktokenTokenizer(Tokenizer):
     # How text is split before pairs are merged: GPT-4's pattern, as LLaMA-3 uses it
     PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     PATTERN += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    hf_config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    hf_config |= {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "add_bos_token": True}
+    special = re.compile(r"<\|[a-z_0-9]+\|>")
+    # The names of its special tokens, in order (LLaMA-3.1 calls four of the reserved ones by others)
+    NAMES = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{n}|>" for n in range(251))]
+    NAMES[6:7] = ["<|start_header_id|>", "<|end_header_id|>", NAMES[6], "<|eot_id|>"]
+    hf_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": True,
+        "additional_special_tokens": NAMES,
+    }
+    hf_config |= {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
 
     def __init__(self, raw: bytes):
         import tiktoken
@@ -260,7 +275,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.model.encode(text, add_special_tokens=False).ids
 
 
-TOKENIZER_FILES = ("tokenizer.model", "original/tokenizer.model", "tokenizer.model.v3", "tokenizer.json")
+# The last one is Meta's, which does not know where a chat model ends.
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.json", "original/tokenizer.model")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -337,6 +353,14 @@ class Dataset:
         rows, texts, cut = [], [], np.zeros(2, dtype=int)
         text_bos = ~np.array(tokenizer.encode(""), dtype=np.int32)
         text_eos = np.array(tokenizer.encode("", bos=False, eos=len(records) > 1), dtype=np.int32)
+        if special := getattr(tokenizer, "special", None):
+            spelt = [found[0] for record in records if (found := special.search("".join(sum(record.turns, ()))))]
+            if spelt:
+                what = (
+                    f"{len(spelt)} records spell out a special token, as {spelt[0]}, which this tokenizer reads as text"
+                )
+                how = "leave it out (BOS and EOS are added), or use the model's tokenizer.json alone"
+                warnings.warn(f"--data or --val-data: {what}: {how}", stacklevel=2)
         for record in tqdm(records, "tokenising", leave=False, disable=None):
             if record.plain:
                 ids = encode_long(tokenizer, record.turns[0][1])  # which may have BOS and EOS itself
@@ -561,6 +585,8 @@ def copy_tokenizer(source: str | Path | dict[str, bytes], target: str | Path) ->
         tokenizer = load_tokenizer(target)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": -1}
         ids = {key: id for key, id in (ids | said).items() if key in ids and id != -1}  # -1: there is none
+        if said.get("model_type") == "mistral":  # whose tokenizers transformers reads in another way than LLaMA's
+            ids |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
         write("config.json", json.dumps(read_json(config) | ids, indent=2).encode())
         if not files.keys() & {"tokenizer.json", "tokenizer_config.json"}:
             write("tokenizer_config.json", json.dumps(tokenizer.hf_config, indent=2).encode())

@@ -16,6 +16,7 @@ import json
 import math
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from data import FOREIGN, InputError, Layout, Tokenizer, alpaca_prompt, at_least, atomic_write, command, copy_tokenizer
 from data import load_tokenizer, read_json
-from owlore import Linear, own, own_rows, whole
+from owlore import Linear, once_differentiable, own, own_rows, whole
 
 
 @dataclass
@@ -176,7 +177,7 @@ class SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         """dgate = grad * up * silu'(gate) is written over up, and dup = grad * silu(gate) over gate."""
         gate, up = ctx.saved_tensors
@@ -371,7 +372,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return losses.sum() / max(K, 1), losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_mean: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Scale what the forward pass computed, in place, so this runs once."""
         grads, ctx.grads = ctx.grads, None
@@ -458,7 +459,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     tensors, name = {}, "the header"
     try:
         if path.suffix != ".safetensors":
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            new = zipfile.is_zipfile(path)  # else of a torch before 1.6, and not to be mapped
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=new)
             for name, t in tensors.items():
                 dense = t.layout == torch.strided and t.device.type == "cpu"
                 if not isinstance(name, str) or not dense or not t.is_floating_point():
@@ -493,7 +495,8 @@ def read_hf_config(file: Path) -> dict:
     rope = given[0]
     said = given[-1] | {key: config[key] for key in ("rope_theta", "original_max_position_embeddings") if key in config}
     defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}
-    supported = {"model_type": ("llama", "mistral"), "hidden_act": ("silu",), "rope_type": ("default", "llama3")}
+    supported = {"model_type": ("llama", "mistral"), "hidden_act": ("silu",)}
+    supported["rope_type"] = ("default", "llama3", "linear")
     supported |= dict.fromkeys(("attention_bias", "mlp_bias", "quantization_config"), (None, False))
     supported["is_causal"] = (None, True)
     if config.get("model_type") == "mistral":
@@ -511,6 +514,9 @@ def read_hf_config(file: Path) -> dict:
     params = {field: config[key] for field, key in HF_KEYS.items() if key in config}
     if config["rope_type"] == "llama3":
         params |= {"use_scaled_rope": True} | {field: rope.get(key) for field, key in ROPE_KEYS.items()}
+    if config["rope_type"] == "linear":  # all frequencies are stretched: none turns so often that it stays
+        params |= {"use_scaled_rope": True, "rope_scaling_factor": rope.get("factor")}
+        params |= {"rope_low_freq_factor": 1e9, "rope_high_freq_factor": 2e9}
     return params
 
 
@@ -591,14 +597,15 @@ def require_device(device: str) -> None:
 def load_model(
     path: str | Path, device: str = "cpu", dtype: torch.dtype | None = torch.float32, distribute: Callable | None = None
 ) -> Transformer:
-    """Load a checkpoint folder of either layout. dtype: None: that of the files. distribute: takes the model while it
+    """Load a checkpoint folder of either layout. dtype: None: the widest in the files. distribute: takes the model while it
     has no memory, has FSDP shard it, and returns the device of the shards, to which each process then copies its own
     rows. Raises InputError, in one line, for whatever is wrong with the folder."""
     require_device(device)
     path = Path(path)
     layout, (config, pieces) = find_checkpoint(path)[0], read_checkpoint(path)
     with torch.device("meta"):  # shapes without memory
-        model = Transformer(config).to(dtype or next(iter(pieces.values()))[0].dtype)
+        widest = max((t.dtype for parts in pieces.values() for t in parts), key=lambda dtype: dtype.itemsize)
+        model = Transformer(config).to(dtype or widest)
     model.layout = layout
     in_files = {name: to_hf_name(name) if layout == "hf" else name for name, _ in model.named_parameters()}
     for name in sorted(pieces.keys() ^ in_files.values()):
@@ -642,12 +649,19 @@ def load(path: str | Path, args: argparse.Namespace, distribute=None) -> tuple[T
     tokenizer, dtype = load_tokenizer(path), args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     model = load_model(path, args.device, FLAG_DTYPES[dtype], distribute)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(f"{path}: {tokenizer.vocab_size} tokens in tokenizer, {model.config.vocab_size} in model")
-    ends = config_ends(path)
+        raise InputError(f"{path}: {tokenizer.vocab_size} tokens in tokenizer, {model.config.vocab_size} in model: take out "
+                         "of it what was added, as a padding token, or copy the model's own there")  # fmt: skip
+    ends, file, said = config_ends(path), Path(path) / "tokenizer_config.json", ""
+    token = read_json(file).get("eos_token") if tokenizer.hf_config and file.is_file() else None
+    token = token.get("content") if isinstance(token, dict) else token
+    if token not in (None, tokenizer.hf_config.get("eos_token")):
+        said = f"{file.name} says {token}"
     if ends and tokenizer.eos_id not in ends:
-        warnings.warn(f"{path}: records will end in token {tokenizer.eos_id} (-1: none), as its tokenizer says; config.json "
-                      f"says {', '.join(map(str, ends))}: correct the wrong one; tokens that were added are in tokenizer.json "
-                      "alone, which is read if there is no tokenizer.model", stacklevel=2)  # fmt: skip
+        said = f"config.json says {', '.join(map(str, ends))}"
+    if said:
+        warnings.warn(f"{path}: records will end in token {tokenizer.eos_id} (-1: none), as its tokenizer says; {said}: correct "
+                      "the wrong one; tokens that were added are in tokenizer.json alone, which is read if there is no "
+                      "tokenizer.model", stacklevel=2)  # fmt: skip
     return model, tokenizer
 
 

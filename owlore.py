@@ -57,6 +57,8 @@ def outlier_distribution(
 
     def add_squares(linear: nn.Linear, args: tuple, kwargs: dict) -> None:
         X = (args or tuple(kwargs.values()))[0].reshape(-1, linear.in_features)  # [tokens, in_features]
+        if not len(X):  # as of an expert that no token was sent to
+            return
         wide = torch.promote_types(X.dtype, torch.float32)  # the norm reads bf16 as fp32, without a copy
         squares[linear] = squares.get(linear, 0) + torch.linalg.vector_norm(X, dim=0, dtype=wide).float().square()
 
@@ -96,7 +98,8 @@ def outlier_distribution(
 
 def find_linears(module: nn.Module) -> list[nn.Linear]:
     """All nn.Linear of a module, each once. What peft puts beside a linear that it wraps is left out."""
-    module = getattr(module, "base_layer", module)
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
     if isinstance(module, nn.Linear):
         return [module]
     return list(dict.fromkeys(linear for child in module.children() for linear in find_linears(child)))
@@ -140,7 +143,7 @@ def sampling_probabilities(outliers: Tensor, mode: str = "outlier") -> Tensor:
     Raises ValueError for another mode, or outliers that are negative or not finite."""
     D = torch.as_tensor(outliers)
     D = D.to(torch.promote_types(D.dtype, torch.float32))  # sums of fp16 overflow
-    if D.dim() != 1 or not len(D) or not (torch.isfinite(D) & (D >= 0)).all():
+    if D.dim() != 1 or not len(D) or not (D >= 0).all() or not D.sum().isfinite():
         raise ValueError("outliers must be finite and not negative, one per layer")
     uniform = torch.ones_like(D)
     modes = {"outlier": D, "uniform": uniform, "reverse": D.max() - D}
@@ -164,7 +167,7 @@ class LayerSampler:
 
     def __init__(self, layers: Sequence[nn.Module], probabilities: Tensor, active: int, seed: int = 0):
         self.layers, self.active = layers, active
-        self.probabilities = p = torch.as_tensor(probabilities).double().cpu()
+        self.probabilities = p = torch.as_tensor(probabilities).cpu().to(torch.float64, copy=True)
         # Names, as the parameters themselves may be replaced when the model is wrapped, as by FSDP's fully_shard
         self.trainable = [[name for name, w in layer.named_parameters() if w.requires_grad] for layer in layers]
         if p.shape != (len(layers),) or not ((p >= 0) & (p < math.inf)).all():
@@ -177,7 +180,12 @@ class LayerSampler:
         self.drawn: list[int] = []
 
     def resample(self) -> list[int]:
-        """Draw anew. Returns the drawn layers, sorted; only they require gradients now."""
+        """Draw anew. Returns the drawn layers, sorted; only they require gradients now. Warns if others have since the
+        last draw."""
+        active = {p for index in self.drawn for p in self.layers[index].parameters()}
+        if active and any(p.requires_grad for layer in self.layers for p in set(layer.parameters()) - active):
+            how = "call sampler.activate(sampler.drawn) after what unfreezes them, as peft's disable_adapter() does"
+            warnings.warn(f"layers that were not drawn have been trained: {how}", stacklevel=2)
         # Layers of 1e-30 are drawn only for places that those of a real probability leave, and then uniformly.
         p = self.probabilities.clamp(min=1e-30)
         self.activate(sorted(torch.multinomial(p, self.active, generator=self.generator).tolist()))
@@ -431,8 +439,9 @@ class ProjectedAdam(torch.optim.Optimizer):
             raise ValueError("a group with a rank has no parameters: no matrices were found for it")
         if "update_proj_gap" in group:
             raise ValueError("GaLore's update_proj_gap is called update_gap here")
-        if group.get("maximize") or group.get("amsgrad"):
-            raise ValueError("AdamW's maximize and amsgrad are not supported")
+        coupled = group["weight_decay"] and group.get("decoupled_weight_decay") is False
+        if coupled or group.get("maximize") or group.get("amsgrad"):
+            raise ValueError("amsgrad, maximize and Adam's weight decay, which is not AdamW's, are not supported")
         for p in group["params"]:
             if rank is not None and p.dim() != 2:
                 raise ValueError(f"only matrices can be projected, not a parameter of shape {list(p.shape)}")
@@ -686,6 +695,7 @@ class ProjectedGradient(Tensor):
         self.R, self.G, self.passes = None, None, 0  # G: the sum so far, for a basis that is due, or a residual
         self.partial = False  # whether these are of this process's tokens only
         self.lr: float | None = None  # at which a residual was added
+        self.basis: Tensor | None = None  # in which R is
         return self
 
     @torch.no_grad()
@@ -711,17 +721,22 @@ class ProjectedGradient(Tensor):
         else:
             R = optimizer._project(group, p, G) if R is None else R.float()
             self.R = R if self.R is None else self.R.add_(R)
+            self.basis = optimizer.state[p]["basis"]
 
     @without_autocast()
     def low_rank(self, group: dict) -> Tensor:
         """R of the whole step, or a scalar, as `ProjectedAdam._project`."""
+        p = self.p()
+        now = self.optimizer().state[p].get("basis")
+        if self.basis is not None and now is not self.basis and (now is None or not torch.equal(now, self.basis)):
+            raise RuntimeError("the optimizer's state has changed since the backward pass: zero_grad() and another one")
         if self.G is not None:
-            p = self.p()
             G, self.G, all_rows = self.G.to(compute_device(p)), None, None
             if self.partial:
                 all_rows = mean_over_processes(G, p)
                 self.partial, G = False, all_rows[rows_of(p)]
             self.R = self.optimizer()._project(group, p, G, all_rows)
+            self.basis = self.optimizer().state[p].get("basis")
             self.lr = float(group["lr"]) if group["residual"] and self.R.dim() else None
         return self.R
 
@@ -790,13 +805,26 @@ class Linear(nn.Linear):
         return self.__dict__ | {"taker": None}  # no optimizer has a copy's weight yet
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.requires_grad and self.taker is not None and not torch.compiler.is_compiling():
+        weight = self.weight  # once, as a parametrization may draw it at random
+        if weight.requires_grad and self.taker is not None and not torch.compiler.is_compiling():
             optimizer, p = (reference() for reference in self.taker)
             group = projected_group(p, optimizer)
             if group is None or not group["residual"]:  # which moves W as soon as G is there: x's gradient comes first
                 # Autograd runs WeightGradient's backward pass first, then x is free, then that of F.linear for x alone.
-                return WeightGradient.apply(F.linear(x, self.weight.detach()), x, self.weight, self)
-        return F.linear(x, self.weight)
+                return WeightGradient.apply(F.linear(x, weight.detach()), x, weight, self)
+        return F.linear(x, weight)
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """Have a backward pass say that there is no second derivative. (torch's function of this name does not say so where
+    the gradient that comes in needs none itself, as a loss's.)"""
+
+    def checked(ctx, *grads: Tensor) -> tuple:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(f"{backward.__qualname__} has no second derivative: leave out create_graph")
+        return backward(ctx, *grads)
+
+    return checked
 
 
 class WeightGradient(torch.autograd.Function):
@@ -809,7 +837,7 @@ class WeightGradient(torch.autograd.Function):
         return y.detach()  # not y itself, which could then not be changed in place
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
         (x,) = ctx.saved_tensors
         dY, X = (t.reshape(-1, t.shape[-1]).to(grad.dtype) for t in (grad, x))  # [tokens, m], [tokens, n]

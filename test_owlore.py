@@ -41,6 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -101,6 +102,13 @@ def build(family: str = "llama3", **changes) -> Transformer:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+@contextlib.contextmanager
+def no_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
 
 
 def random_tokens(*shape: int, vocab: int = 101, seed: int = 1) -> torch.Tensor:
@@ -320,6 +328,22 @@ def test_swiglu_has_the_gradients_of_autograd():
     torch.testing.assert_close((outs[0], *ours), (outs[1], *plain))
 
 
+def test_a_second_derivative_is_refused_where_there_is_none():
+    """torch's once_differentiable is silent if the gradient that comes in is a constant, as that of a sum is."""
+    x, targets, linear = torch.randn(5, 8, requires_grad=True), torch.arange(5), owlore.Linear(8, 8)
+    owlore.take_factors(linear, ProjectedAdam([{"params": linear.parameters(), "rank": 2}], lr=0.1))
+    parts = {
+        "SwiGLU": lambda: SwiGLU.apply(x * 1, x * 2),
+        "ChunkedCrossEntropy": lambda: ChunkedCrossEntropy.apply(x, torch.eye(8), targets)[0],
+        "WeightGradient": lambda: linear(x),
+    }
+    for name, part in parts.items():
+        (once,) = torch.autograd.grad(part().sum(), x)
+        assert once.isfinite().all()
+        with pytest.raises(RuntimeError, match=f"{name}.* no second derivative"):
+            torch.autograd.grad(part().sum(), x, create_graph=True)
+
+
 def test_recomputed_blocks_give_the_same_gradients():
     grads = []
     for checkpointing in (False, True):
@@ -407,17 +431,20 @@ def test_sharded_meta_checkpoint_equals_the_whole(rows, suffix, tmp_path):
     assert_same_model(tmp_path, model)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "bin of an old torch"])
 def test_sharded_hf_checkpoint_equals_the_whole(kind, tmp_path):
     model = build("llama3.1")
     save_model(model, tmp_path, "hf")
     tensors = {name: tensor.clone() for name, tensor in read_weights(tmp_path / "model.safetensors").items()}
     (tmp_path / "model.safetensors").unlink()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
-    weight_map = {name: f"part-{n % 2}.{kind}" for n, name in enumerate(tensors)}
+    weight_map = {name: f"part-{n % 2}.{kind.split()[0]}" for n, name in enumerate(tensors)}
     for file in set(weight_map.values()):
         part = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
-        write_safetensors(tmp_path / file, part) if kind == "safetensors" else torch.save(part, tmp_path / file)
+        if kind == "safetensors":
+            write_safetensors(tmp_path / file, part)
+        else:
+            torch.save(part, tmp_path / file, _use_new_zipfile_serialization=kind == "bin")
     index = "model.safetensors.index.json" if kind == "safetensors" else "pytorch_model.bin.index.json"
     (tmp_path / index).write_text(json.dumps({"weight_map": weight_map}))
     assert_same_model(tmp_path, model)
@@ -485,6 +512,25 @@ def test_transformers_computes_the_same_logits_from_our_save(family, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=2e-5, rtol=0)
+
+
+def test_linear_rope_is_computed_as_in_transformers_and_saved_so_that_it_is(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, tokens = build("llama2"), random_tokens(2, 40)
+    save_model(model, tmp_path, "hf")
+    edit_json(tmp_path / "config.json", "rope_parameters", rope_scaling={"type": "linear", "factor": 4.0})
+    ours = load_model(tmp_path)
+    save_model(ours, tmp_path / "again", "hf")
+    with torch.no_grad():
+        assert not torch.allclose(ours(tokens), model(tokens), atol=1e-3)
+        for folder in (tmp_path, tmp_path / "again"):
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=2e-5, rtol=0)
+
+
+def test_no_weight_is_rounded_where_dtypes_are_mixed(checkpoint):
+    edit_tensors(checkpoint, tok_embeddings__weight=torch.randn(load_tokenizer(TINY).vocab_size, 64).bfloat16())
+    assert load_model(checkpoint, dtype=None).output.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("said", [{}, {"sliding_window": None}, {"sliding_window": 9}])
@@ -765,7 +811,7 @@ def test_known_token_ids(name, text, ids):
     assert load_tokenizer(tokenizer_folder(name)).encode(text, bos=False) == ids
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "original/tokenizer.model", "tokenizer.model.v3"])
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.model.v3", "original/tokenizer.model"])
 def test_a_tokenizer_is_found_under_its_names(name, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes((data.TINY / "tokenizer.model").read_bytes())
@@ -818,12 +864,17 @@ def test_a_hf_folder_says_what_its_tokenizer_is(name, tmp_path):
     llama2 = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "legacy": True}
     llama2 |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     llama3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "add_bos_token": True}
+    names = told.pop("additional_special_tokens", [])
+    assert len(set(names)) == 256 * (name == "llama3") and (not names or names.index("<|eot_id|>") == 9)
     assert told == (llama3 | {"tokenizer_class": "PreTrainedTokenizerFast"} if name == "llama3" else llama2)
     (hf / "config.json").write_text('{"eos_token_id": [7, 8], "pad_token_id": 9, "dim": 32}')
     (hf / "tokenizer_config.json").write_text('{"its": "own"}')
     data.copy_tokenizer(hf, again)  # what a source says of itself is kept
     assert data.read_json(again / "config.json") == {"dim": 64, **ids, "eos_token_id": [7, 8], "pad_token_id": 9}
     assert data.read_json(again / "tokenizer_config.json") == {"its": "own"}
+    (hf / "config.json").write_text('{"model_type": "mistral"}')  # transformers reads its tokenizers in another way
+    data.copy_tokenizer(hf, again)
+    assert data.read_json(again / "config.json")["architectures"] == ["MistralForCausalLM"]
     data.copy_tokenizer(data.TINY, meta)
     assert [path.name for path in meta.iterdir()] == ["tokenizer.model"]
 
@@ -1112,6 +1163,15 @@ def test_tokenizer_json_alone_is_read(tokenizer_json, text):
     assert tokenizer.encode(text, eos=True) == [0, *ids, 1] and (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
     assert tokenizer.decode([0, *ids, 1]) == text and tokenizer.vocab_size == 400 and max(ids, default=0) < 400
     assert data.encode_long(tokenizer, text).tolist() == ids
+
+
+def test_tokenizer_json_comes_after_tokenizer_model_but_before_metas_own(tokenizer_json):
+    """LLaMA-3's folders have the last one, too: for it a chat model ends its answers in another token than it does."""
+    raw = (TINY / "tokenizer.model").read_bytes()
+    for name, kind in (("original/tokenizer.model", "HuggingFace"), ("tokenizer.model", "SentencePiece")):
+        (tokenizer_json / name).parent.mkdir(exist_ok=True)
+        (tokenizer_json / name).write_bytes(raw)
+        assert type(load_tokenizer(tokenizer_json)).__name__ == f"{kind}Tokenizer"
 
 
 def test_tokenizer_json_encodes_as_transformers_does(tokenizer_json):
@@ -1424,7 +1484,24 @@ def test_an_adapter_of_peft_does_not_change_the_scores():
     expected = outlier_distribution(model, model.model.layers, batches, 2.0)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     assert torch.equal(outlier_distribution(adapted, model.model.layers, batches, 2.0), expected)
+    again = peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
+    adapted = peft.get_peft_model(adapted, again)  # an adapter of an adapter
+    assert torch.equal(outlier_distribution(adapted, model.model.layers, batches, 2.0), expected)
     assert expected.min() > 0
+
+
+def test_an_expert_that_gets_no_token_is_not_scored():
+    torch.manual_seed(0)
+    expert, idle, x = nn.Linear(8, 8), nn.Linear(8, 8), torch.randn(5, 8)
+
+    class Routed(nn.Module):
+        def forward(self, x):
+            return expert(x), idle(x[:0])
+
+    expected = outlier_distribution(expert, [expert], [x], 1.5)
+    assert expected > 0 and torch.equal(
+        outlier_distribution(Routed(), [nn.ModuleList([expert, idle])], [x], 1.5), expected
+    )
 
 
 def test_the_default_threshold_follows_the_width_and_no_outliers_are_told():
@@ -1511,7 +1588,7 @@ def test_probability_modes():
     assert sampling_probabilities(torch.zeros(4)).tolist() == [0.25] * 4
     assert sampling_probabilities(torch.tensor([6e4, 6e4, 0], dtype=torch.float16)).tolist() == [0.5, 0.5, 0]
     assert sampling_probabilities([1, 3]).tolist() == [0.25, 0.75]
-    for bad in (torch.tensor([1.0, -1.0]), torch.tensor([1.0, math.nan]), torch.ones(2, 2)):
+    for bad in ([1.0, -1.0], [1.0, math.nan], [1.0, math.inf], [2e38, 2e38], torch.ones(2, 2)):
         with pytest.raises(ValueError):
             sampling_probabilities(bad)
     with pytest.raises(ValueError, match="mode"):
@@ -1587,6 +1664,23 @@ def test_the_sampler_finds_parameters_that_were_replaced_and_refuses_new_ones():
     layers[2].adapter = nn.Linear(2, 2)  # as peft does
     with pytest.raises(RuntimeError, match="other parameters"):
         sampler.resample()
+
+
+def test_layers_that_were_unfrozen_between_two_draws_are_told():
+    layers, p = blocks(4), torch.ones(4).double()
+    sampler = LayerSampler(layers, p, active=2)
+    p.zero_()  # the caller's own
+    with no_warning():
+        sampler.resample()
+        sampler.resample()
+        nn.ModuleList(layers).requires_grad_(True)  # as when peft's disable_adapter() ends
+        sampler.activate(sampler.drawn)
+        sampler.resample()
+    nn.ModuleList(layers).requires_grad_(True)
+    with pytest.warns(UserWarning, match="not drawn have been trained"):
+        sampler.resample()
+    assert len(sampler.drawn) == sum(layer.weight.requires_grad for layer in layers) == 2
+    assert sampler.probabilities.tolist() == [1] * 4
 
 
 def test_sampler_state_continues_the_same_draws():
@@ -1939,6 +2033,7 @@ def test_optimizer_refuses_what_it_cannot_do():
         ({"params": [W], "rank": 2, "scale": math.nan}, {}),
         ({"params": [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))]}, {}),
         ({"params": [W], "maximize": True}, {}),
+        ({"params": [W], "weight_decay": 0.1, "decoupled_weight_decay": False}, {}),  # torch.optim.Adam's
         ({"params": [W], "rank": 2, "update_proj_gap": 200}, {}),
         ({"params": [], "rank": 2}, {}),
     ):
@@ -2213,6 +2308,22 @@ def test_an_lr_set_after_the_backward_pass_is_refused_if_a_residual_was_added(mo
     else:
         optimizer.step()
         assert moved == 0 or not any(map(torch.equal, weights_of(net), before))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_gradient_in_another_basis_than_the_state_that_was_loaded_is_refused(residual):
+    net, optimizer = small_net(in_backward=True, residual=residual)
+    train_net(net, optimizer, 4)  # a new basis is due next
+    snapshot = copy.deepcopy(optimizer.state_dict())
+    train_net(net, optimizer, 1)
+    same = copy.deepcopy(optimizer.state_dict())
+    optimizer.zero_grad()
+    loss_of(net).backward()
+    optimizer.load_state_dict(snapshot)
+    with pytest.raises(RuntimeError, match="state has changed since the backward pass"):
+        optimizer.step()
+    optimizer.load_state_dict(same)  # has the basis of the gradient
+    optimizer.step()
 
 
 def test_a_constructor_that_refuses_leaves_no_hooks():
@@ -2635,6 +2746,23 @@ def test_factors_are_projected_as_the_gradient_is(shape):
             optimizer.step()
         torch.testing.assert_close(ours.weight, plain.weight, rtol=1e-4, atol=1e-5)
     assert [n for n, G in enumerate(made) if G] == [0, 4, 8]  # for new bases; between them there was no gradient
+
+
+def test_a_weight_that_is_drawn_at_random_is_drawn_once_in_a_forward_pass():
+    class Half(nn.Module):
+        def forward(self, W):
+            return F.dropout(W)
+
+    linear, x = owlore.Linear(9, 8), torch.randn(5, 9)
+    parametrize.register_parametrization(linear, "weight", Half())
+    owlore.take_factors(linear, ProjectedAdam([{"params": linear.parameters(), "rank": 2}], lr=0.1))
+    torch.manual_seed(1)
+    y = linear(x)
+    torch.manual_seed(1)
+    W = 2 * torch.where(F.dropout(torch.ones(8, 9)) == 0, 0.0, linear.parametrizations.weight.original)
+    torch.testing.assert_close(y, x @ W.T)
+    y.sum().backward()
+    assert torch.equal(linear.parametrizations.weight.original.grad == 0, W == 0) and (W == 0).any()
 
 
 def test_what_hands_over_factors_may_be_changed_in_place():
@@ -3921,13 +4049,32 @@ def small_vocabulary(path: Path) -> None:
 
 def test_another_end_of_text_in_config_json_is_told(checkpoint):
     args, file = SimpleNamespace(device="cpu", dtype=None), checkpoint / "config.json"
-    with warnings.catch_warnings(action="error"):
+    with no_warning():
         for ends in ([77, 2], 2, None):
             file.write_text(json.dumps({"eos_token_id": ends}))
             model_module.load(checkpoint, args)
     file.write_text('{"eos_token_id": 77}')
     with pytest.warns(UserWarning, match="in token 2 .* config.json says 77"):
         model_module.load(checkpoint, args)
+    file.unlink()
+    file = checkpoint / "tokenizer_config.json"
+    for same in ({"eos_token": "</s>"}, {"eos_token": {"content": "</s>"}}, {"eos_token": None}, {}):
+        file.write_text(json.dumps(same))
+        with no_warning():
+            model_module.load(checkpoint, args)
+    file.write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    with pytest.warns(UserWarning, match=r"in token 2 .* tokenizer_config.json says <\|im_end\|>"):
+        model_module.load(checkpoint, args)
+
+
+@pytest.mark.parametrize("name, mark", [("tiny", "</s>"), ("llama3", "<|eot_id|>")])
+def test_special_tokens_that_are_spelt_out_are_told(name, mark):
+    tokenizer = load_tokenizer(tokenizer_folder(name))
+    records = [data.Record([("a", "b"), ("c", f"d{mark}")]), data.Record([("", "e")], plain=True)]
+    with pytest.warns(UserWarning, match=f"1 records spell out a special token, as {re.escape(mark)}"):
+        data.Dataset(records, tokenizer, 16)
+    with no_warning():
+        data.Dataset(records[1:], tokenizer, 16)
 
 
 BAD_FOLDERS = {
