@@ -77,11 +77,12 @@ def parse_record(record: object) -> Record:
             return Record([(system_prompt(record) + as_text(prompt), as_text(completion))])
         case {"question": question, "answer": answer}:
             return parse_record(record | {"prompt": alpaca_prompt(as_text(question)), "completion": answer})
-        case {"messages": messages} | {"conversations": messages}:
+        case {"messages": messages} | {"conversations": messages} | {"conversation": messages}:
             return parse_messages(messages, system_prompt(record))
         case {"text": content}:
             return Record([("", as_text(content))], plain=True)
-    raise ValueError(f"unknown record {json.dumps(record)[:60]}; known: instruction + output, input + output, prompt + "
+    kind = f"with {', '.join(record)}" if isinstance(record, dict) else json.dumps(record)
+    raise ValueError(f"unknown record {kind[:80]}; known: instruction + output, input + output, prompt + "
                      "completion, prompt + choices + answer, question + answer, messages, conversations, text")  # fmt: skip
 
 
@@ -92,7 +93,8 @@ def system_prompt(record: dict) -> str:
 
 def parse_messages(messages: object, prompt: str = "") -> Record:
     """A conversation: what precedes an assistant's message is its prompt, under Alpaca's headings. prompt: what precedes
-    them all. A message of `weight` 0 is context alone (OpenAI's format)."""
+    them all. Context alone are messages of `weight` 0 (OpenAI's format), empty ones, and a first one to which there is
+    nothing to answer."""
     turns, context = [], []
     for message in messages if isinstance(messages, list) else [None]:
         match message:
@@ -101,13 +103,15 @@ def parse_messages(messages: object, prompt: str = "") -> Record:
             case {"role": "user", "content": content} | {"from": "human" | "user", "value": content}:
                 prompt += f"### Instruction:\n{as_text(content)}\n\n"
             case {"role": "assistant", "content": content} | {"from": "gpt" | "assistant", "value": content}:
-                context += [len(turns)] * (message.get("weight") == 0)
+                if message.get("tool_calls"):
+                    raise ValueError("tool calls are not read: leave out what has any")
+                told = message.get("weight") != 0 and as_text(content).strip() and (turns or prompt)
+                context += [] if told else [len(turns)]
                 turns.append((prompt + "### Response:\n", as_text(content)))
                 prompt = ""
             case _:
-                raise ValueError("a message has role (system, user, assistant) + content, or from (human, gpt) + value")
-    if len(turns) == len(context):
-        raise ValueError("has no message of an assistant to train on")
+                known = "role (system, user, assistant) + content, or from (human, gpt) + value"
+                raise ValueError(f"message {json.dumps(message)[:60]}: a message has {known}, both texts")
     return Record(turns, context=context)
 
 
@@ -119,7 +123,9 @@ def as_text(value: object) -> str:
     return value
 
 
-UNREAD = ("context", "passage", "options", "history", "tools")  # fields that an answer may depend on
+# Fields that an answer may depend on. Beside a plain text the last three may be all that is to be learnt.
+UNREAD = ("prompt", "instruction", "input", "question", "context", "passage", "article", "hint", "options", "A", "history",
+          "tools", "system_prompt", "label", "role", "summary")  # fmt: skip
 
 
 def load_records(path: str | Path) -> list[Record]:
@@ -127,18 +133,20 @@ def load_records(path: str | Path) -> list[Record]:
     without anything to learn are left out, with a warning. Raises InputError, with the line or record, or OSError."""
     path = Path(path)
     if path.suffix.lower() == ".txt":
-        return [Record([("", read_text(path))], plain=True)]
+        return [Record([("", read_text(path).replace("\r\n", "\n"))], plain=True)]
     kind, found, records, unread = "line", parse_json(path), [], set()
     match found:
-        case [(_, list(values) | {"type": "text_only" | "text2text", "instances": list(values)})]:
+        case [(_, list(values) | {"type": "text_only" | "text2text" | "conversation", "instances": list(values)})]:
             kind, found = "record", enumerate(values, 1)
         case [(_, {"instances": _})]:
-            raise InputError(f'{path}: "type" must be text_only or text2text, and "instances" a list')
+            raise InputError(f'{path}: "type" must be text_only, text2text or conversation, and "instances" a list')
     for number, value in found:
         try:
             records.append(parse_record(value))
-            if not records[-1].plain:
-                unread |= {key for key in UNREAD if value.get(key) not in (None, "", "[]", [], {})}
+            text = "".join(sum(records[-1].turns, ()))
+            given = {key: value.get(key) for key in (UNREAD[-3:] if records[-1].plain else UNREAD)}
+            given = {key: what for key, what in given.items() if what not in (None, "", "[]", [], {})}
+            unread |= {key for key, what in given.items() if not isinstance(what, str) or what not in text}
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: {kind} {number}: {error}") from None
     if unread:
@@ -147,9 +155,11 @@ def load_records(path: str | Path) -> list[Record]:
     learnt = ([text for n, (_, text) in enumerate(record.turns) if n not in record.context] for record in records)
     full = [record for record, texts in zip(records, learnt) if any(map(str.strip, texts))]
     if not full:
-        raise InputError(f"{path}: holds no records" + " but with empty completions" * bool(records))
+        raise InputError(f"{path}: holds no records" + " with a completion to learn" * bool(records))
     if empty := len(records) - len(full):
-        warnings.warn(f"{path}: {empty} of {len(records)} records have an empty completion: left out", stacklevel=2)
+        warnings.warn(
+            f"{path}: {empty} of {len(records)} records have no completion, or an empty one: left out", stacklevel=2
+        )
     return full
 
 
@@ -507,7 +517,7 @@ class InputError(ValueError):
 
 
 FOREIGN = {".csv": "a CSV table", ".tsv": "a CSV table", ".parquet": "a Parquet table", ".arrow": "an Arrow table",
-           ".gz": "a compressed file", ".zip": "a compressed file"}  # fmt: skip
+           **dict.fromkeys((".gz", ".zip", ".zst", ".xz", ".bz2"), "a compressed file")}  # fmt: skip
 FOREIGN |= dict.fromkeys((".pth", ".pt", ".bin", ".safetensors", ".gguf"), "a file of weights")
 
 

@@ -958,12 +958,17 @@ def test_record_types(raw, record):
     "record, unread",
     [
         ({"prompt": "a", "completion": "b", "context": "c"}, "context"),
-        ({"question": "a", "passage": "b", "answer": "c"}, "passage"),
+        ({"question": "a", "passage": "a hill", "answer": "c"}, "passage"),
         ({"question": "a", "options": ["b", "c"], "answer": "A"}, "options"),
-        ({"instruction": "a", "output": "b", "history": [["c", "d"]], "context": "e"}, "context, history"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]], "context": "a man"}, "context, history"),
         ({"prompt": "a", "completion": "b", "history": [], "context": "", "options": None}, ""),
         ({"conversations": CHAT["messages"], "tools": "[]"}, ""),
         ({"text": "all of it", "context": "c"}, ""),
+        ({"text": "a film", "label": 0, "role": None}, "label"),
+        ({"prompt": "a", "completion": "b", "label": False}, "label"),  # one that is not to be learnt, in KTO
+        ({"prompt": "Translate", "input": "Hi", "output": "Salut"}, "prompt"),
+        ({"prompt": "hi", **CHAT}, ""),  # it is there, as the first message
+        ({"question": "2 + 2?", "A": "3", "B": "4", "answer": "B"}, "A"),
     ],
 )
 def test_fields_that_are_not_read_are_told(record, unread, tmp_path):
@@ -987,10 +992,11 @@ def test_a_message_of_weight_0_is_context_alone(tmp_path):
     assert [~i if i < 0 else i for i in row] == [~i if i < 0 else i for i in both]  # the same text
     letters = [[chr(i) for i in ids if i > 2] for ids in (row, both)]  # those that are learnt, but for EOS
     assert letters == [["4"], ["5", "4"]]
-    with pytest.raises(ValueError, match="no message of an assistant to train on"):
-        parse_record({"messages": [question, wrong]})
+    for first, learnt in (([], ["4"]), ([{"role": "system", "content": "Add 2 + 2."}], ["5", "4"])):
+        record = parse_record({"messages": [*first, wrong | {"weight": 1}, again, right]})  # without a question
+        assert [text for n, (_, text) in enumerate(record.turns) if n not in record.context] == learnt
     (tmp_path / "a.json").write_text(json.dumps([{"messages": [question, wrong, again, right | {"content": " "}]}]))
-    with pytest.raises(InputError, match="empty completions"):  # what is left to learn is
+    with pytest.raises(InputError, match="with a completion to learn"):  # what is left to learn is
         load_records(tmp_path / "a.json")
 
 
@@ -1032,10 +1038,10 @@ def test_alpaca_arc_and_chat_records():
         (CHOICES | {"choices": ["b"], "answer": 0}, "choices"),
         (CHOICES | {"choices": ["b", ""], "answer": 0}, "choices"),
         (CHOICES | {"choices": "bc", "answer": 0}, "choices"),
-        ({"messages": CHAT["messages"][:2]}, "assistant"),
-        ({"messages": [], "system": "be kind"}, "assistant"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "tool.* role"),
         ({"messages": {"role": "user"}, "text": "a"}, "role"),
+        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "tool calls"),
+        ({"instruction": "a", "response": "b"}, "with instruction, response; known"),
     ],
 )
 def test_what_is_no_record_is_refused(raw, names):
@@ -1075,10 +1081,17 @@ def test_data_files_of_every_kind(tmp_path):
         ("typed.json", json.dumps({"type": "text2text", "instances": rows}), records),
         ("typed.jsonl", json.dumps({"type": "text_only", "instances": rows}, indent=1), records),
         ("plain.txt", "hello\nworld", [Record([("", "hello\nworld")], plain=True)]),
-        ("PLAIN.TXT", "hello\nworld", [Record([("", "hello\nworld")], plain=True)]),
+        ("PLAIN.TXT", "hello\r\nworld", [Record([("", "hello\nworld")], plain=True)]),
     ]:
         (tmp_path / name).write_text(text, encoding="utf-8")
         assert load_records(tmp_path / name) == expected
+
+
+def test_validation_records_that_are_trained_on_are_told(base, jsonl, tmp_path):
+    jsonl.write_text(2 * (jsonl.read_text() + "\n"))
+    for flags, told in (("", "6 of 6"), (f"--val-data {jsonl}", "120 of 120")):
+        with pytest.warns(UserWarning, match=f"{told} validation records are trained on as well"):
+            assert cli(f"{base} {flags} --steps 1 --out {tmp_path / told[:2].strip()}")[0] == 0
 
 
 @needs_shared
@@ -1304,14 +1317,17 @@ def test_records_with_an_empty_completion_are_counted_and_left_out(blank, checkp
     empty = [
         {"prompt": "a", "completion": blank},
         {"text": blank},
-        {"messages": [{"role": "assistant", "content": blank}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": blank}]},
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "assistant", "content": "what was asked is missing"}]},
+        {"conversation": []},
     ]
     rows, file = [{"prompt": "a", "completion": " b"}] * 3 + empty, tmp_path / "data.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.warns(UserWarning, match="3 of 6 records have an empty completion"):
+    with pytest.warns(UserWarning, match="6 of 9 records have no completion, or an empty one"):
         assert load_records(file) == [Record([("a", " b")])] * 3
     file.write_text("\n".join(map(json.dumps, empty)))
-    assert_refused(cli(f"--ckpt {checkpoint} --data {file} --out {tmp_path / 'run'}"), "empty completions")
+    assert_refused(cli(f"--ckpt {checkpoint} --data {file} --out {tmp_path / 'run'}"), "with a completion to learn")
 
 
 def test_data_without_a_token_to_learn_is_refused():
@@ -4105,13 +4121,13 @@ def test_train_refuses_a_bad_checkpoint(case, base, monkeypatch, checkpoint, tmp
     ("table.csv", b"a,b\n1,2\n", "CSV"),
     ("table.parquet", b"PAR1", "Parquet"),
     ("weights.pth", b"PK", "weights"),
-    ("blank.jsonl", b'{"prompt": "a", "completion": ""}\n', "empty completions"),
+    ("blank.jsonl", b'{"prompt": "a", "completion": ""}\n', "with a completion to learn"),
     ("numbers.json", b"[1, 2]", "record 1"),
     ("types.json", b'[{"text": "a"}, {"text": 3}]', "record 2"),
     ("none.json", b"[]", "no records"),
     ("typed.json", b'{"type": "images", "instances": []}', "type"),
     ("choices.jsonl", b'{"prompt": "a", "choices": ["b", "c"], "answer": 7}\n', "answer"),
-    ("chat.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}\n', "assistant"),
+    ("chat.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}\n', "completion to learn"),
     ("short.txt", b"a", "short"),
     ("single.jsonl", b'{"prompt": "a", "completion": "b"}\n', "one record"),
     ("deep.json", b"[" * 100000, "line 1"),

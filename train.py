@@ -852,6 +852,10 @@ def load_inputs(args: argparse.Namespace, state: dict) -> tuple[Transformer, dic
         records, held_out = [] if args.eval_only else load_records(args.data), load_records(args.val_data)
     else:
         records, held_out = split_records(load_records(args.data), HELD_OUT, HELD_OUT_RECORDS, args.seed)
+    known = {tuple(record.turns) for record in records}
+    if twice := sum(tuple(record.turns) in known for record in held_out):
+        where = "remove doubles from --data" + ", or give --val-data" * (not args.val_data)
+        warnings.warn(f"{twice} of {len(held_out)} validation records are trained on as well: {where}", stacklevel=2)
     torch.manual_seed(args.seed)
     sharded, lora = args.offload or processes() > 1, args.method == "lora"
     source = Path(args.out) / "model" if state and not lora else args.ckpt  # see training_state
