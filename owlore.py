@@ -377,7 +377,7 @@ class ProjectedAdam(torch.optim.Optimizer):
         index = next(n for n, q in enumerate(q for group in self.param_groups for q in group["params"]) if q is p)
         seed, here, group = (group["steps"], index, 1), rows_of(p), group | {"weight_decay": 0.0}
         for p_rows, G_rows, lefts, gains, noise in row_blocks(p, seed, G, left[here], gain.expand(len(p), -1)[here]):
-            S = torch.addmm(G_rows.float(), lefts, right, alpha=-1)
+            S = G_rows.to(torch.float32, copy=True).addmm_(lefts, right, alpha=-1)
             write_back(p_rows, S.mul_(gains).masked_fill_(~finite, 0.0), group, noise)
 
     def _basis_is_due(self, group: dict, p: Tensor) -> bool:
@@ -481,8 +481,9 @@ class ProjectedAdam(torch.optim.Optimizer):
             for n, square in zip(shards, squares):
                 norms[n] = square.sqrt()
         norm = torch.stack([norm.to(norms[0].device) for norm in norms]).norm() if norms else torch.tensor(0.0)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for g in map(own, gradients):
-            g.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(g.device))
+            g.mul_(factor.to(g.device))
         return norm
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -574,11 +575,12 @@ def adam(g: Tensor, m: Tensor, v: Tensor, t: int, group: dict) -> Tensor:
 
 def write_back(p: Tensor, update: Tensor, group: dict, noise: Tensor | None) -> None:
     """p = (1 - lr weight_decay) p - lr update, computed in fp32; update has the shape of p."""
-    new = p.to(update.device, torch.promote_types(p.dtype, torch.float32))  # p itself, if it is fp32 there already
+    new, wide = p.to(update.device), torch.promote_types(p.dtype, torch.float32)  # p itself, if it is there already
     lr = float(group["lr"])  # which may be a tensor
     if group["weight_decay"]:
-        new.mul_(1 - lr * group["weight_decay"])
-    new.sub_(update, alpha=lr)
+        new = new.to(wide).mul_(1 - lr * group["weight_decay"])
+    # A GPU widens bf16 as it reads it, without a copy.
+    new = torch.sub(new, update, alpha=lr, out=new if new.dtype == wide else None)
     if new is not p:
         p.copy_(stochastic_round(new, noise) if p.dtype == torch.bfloat16 else new)
 
@@ -588,9 +590,9 @@ def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
     bf16 numbers, 1/512 to 1/256 of a weight, then moves it by the right amount on average; nearest would lose it.
 
     bf16 is the upper half of fp32: noise, int32 and uniform in 0 ... 2^16 - 1, added to the lower half carries into the
-    upper one with just the probability wanted. What is not finite stays what it is."""
+    upper one with just the probability wanted. What is not finite stays what it is: the lower half of inf is 0."""
     rounded = (noise + x.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+    return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)
 
 
 # Elements handled at once if all of a matrix in fp32 would take too much memory. A GPU needs more of them to be busy:
@@ -713,7 +715,7 @@ class ProjectedGradient(Tensor):
         if R is None and (group["residual"] or optimizer._basis_is_due(group, p)):
             if self.R is not None:
                 raise RuntimeError("clip_grad_norm_ or step came before the last of the optimizer's micro_batches")
-            self.G = G if self.G is None else self.G.to(G.device) + G
+            self.G = G if self.G is None else self.G.to(G.device).add_(G)
             if self.passes < optimizer.micro_batches:
                 self.G = self.G.cpu()
             else:

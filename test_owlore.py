@@ -3767,12 +3767,12 @@ def test_a_containers_own_memory_limit_counts(tmp_path):
 @pytest.mark.parametrize(
     "shape, room, flags, needed, expected",
     [
-        (LLAMA2_70B, 24, "--no-residual --batch-size 4", 128.49, "a smaller --active, or another --method or model"),
-        (LLAMA2_70B, 24, "--batch-size 4", 255.99, "--no-residual"),  # the gradients of all blocks, too
-        (LLAMA2_70B, 24, "--no-residual --micro-batch-size 4", 256.97, "--batch-size 4"),  # those of the first step
-        (LLAMA2_70B, 24, "--micro-batch-size 4", 256.97, "--batch-size 4"),
-        (LLAMA2_70B, 24, "--active 13 --micro-batch-size 4 --embeddings frozen", 149.20, "--batch-size 4"),
-        (LLAMA2_70B, 24, "--method lora", 137.74, "another --method or model"),
+        (LLAMA2_70B, 24, "--no-residual --batch-size 4", 143.51, "a smaller --active, or another --method or model"),
+        (LLAMA2_70B, 24, "--batch-size 4", 286.01, "--no-residual"),  # the gradients of all blocks, too
+        (LLAMA2_70B, 24, "--no-residual --micro-batch-size 4", 271.99, "--batch-size 4"),  # those of the first step
+        (LLAMA2_70B, 24, "--micro-batch-size 4", 286.99, "--no-residual"),
+        (LLAMA2_70B, 24, "--active 13 --micro-batch-size 4 --embeddings frozen", 164.22, "--batch-size 4"),
+        (LLAMA2_70B, 24, "--method lora", 152.99, "another --method or model"),
         ({}, 15, "", 12.55, "--batch-size 4"),
         ({}, 16, "--batch-size 4", 0, ""),
     ],

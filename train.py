@@ -309,16 +309,18 @@ def step_memory(model: Transformer, args: argparse.Namespace) -> int:
 def host_memory(model: Transformer, args: argparse.Namespace) -> float:
     """Bytes of host memory that a step takes at most, of all processes of this machine: with --offload the weights, and
     what is not projected; and whole gradients where they wait for the last micro-batch (see owlore.ProjectedGradient),
-    or, with --offload and a residual, for `step`."""
+    or, with --offload and a residual, for `step`. FSDP pins what it moves, and torch rounds that up to a power of two."""
     several, host = args.micro_batch_size * processes() < args.batch_size, 0.0
     for kind, inside, weight, gradient, state in parameter_sizes(model, args):
         share = args.active / model.config.n_layers if args.sampling and inside else 1
-        host += args.offload * weight
+        pinned = processes() * 2 ** math.ceil(math.log2(weight / processes()))
+        host += args.offload * pinned
         if kind == "plain":
-            host += args.offload * (gradient + state)
+            host += args.offload * (share * pinned + state)
+        elif kind == "projected" and args.residual and inside and (args.offload or processes() > 1):
+            host += args.offload * share * pinned  # shared out by FSDP
         elif kind == "projected":
-            reduced = args.residual and inside and (args.offload or processes() > 1)  # by FSDP, shared out
-            host += share * weight * (args.offload if reduced else several * processes())
+            host += several * processes() * share * weight
     return host * int(os.environ.get("LOCAL_WORLD_SIZE", processes())) / processes()
 
 

@@ -102,12 +102,15 @@ class LiveStorages(TorchDispatchMode):
             self.known[key] = self.known[key][0], size, False
             self.peak = max(self.peak, self.live)
 
-    def to_host(self, tensor: torch.Tensor) -> None:
-        """Count a tensor no longer. A fake one does not go where it is sent."""
+    def to_host(self, tensor: torch.Tensor, pinned: bool = False) -> None:
+        """Count a tensor no longer on the device. A fake one does not go where it is sent. Pinned memory is rounded up to
+        a power of two by torch."""
         key = id(tensor.untyped_storage())
         reference, size, on_host = self.known[key]
         if not on_host:
-            self.live, self.host, self.known[key] = self.live - size, self.host + size, (reference, size, True)
+            self.live -= size
+            size = 2 ** math.ceil(math.log2(size)) if pinned else size
+            self.host, self.known[key] = self.host + size, (reference, size, True)
             self.host_peak = max(self.host_peak, self.host)
 
 
@@ -151,8 +154,8 @@ def run_steps(
         weight = owlore.own(p.detach())
         weight.normal_(0, 0.02) if p.dim() == 2 else weight.fill_(1.0)
         if live and args.offload:
-            live.to_host(owlore.own(p))
-            p.register_post_accumulate_grad_hook(lambda p: live.to_host(owlore.own(p.grad)))
+            live.to_host(owlore.own(p), pinned=True)
+            p.register_post_accumulate_grad_hook(lambda p: live.to_host(owlore.own(p.grad), pinned=True))
     if live:  # what comes before is not the step's
         live.peak = live.live
     shape = args.micro_batch_size, args.seq_len
@@ -366,7 +369,8 @@ For comparison: the paper (arXiv 2405.18380) reports 21 GB for OwLore on LLaMA-2
 The peak is that of the device, one row at once. Host memory has the weights, gradients and moments of embedding, head
 and norms, and the gradients that wait for new bases, or in each step with a residual. What is counted is a lower
 bound: on the CPU, where this runs, FSDP brings in no block ahead of its use, and bringing one to the device makes no
-copy. The estimate has both.
+copy. The estimate has both. What FSDP moves it pins, and torch rounds pinned memory up to powers of two, which is
+counted (gradients, too, as torch 2.11 pins them).
 With several micro-batches the sums grow with the active layers, whatever their rank.
 
 Each pass brings in every weight, 2 bytes; of every token it is multiplied with, forward, recomputing and backward take 6
