@@ -231,12 +231,8 @@ class TiktokenTokenizer(Tokenizer):
     # The names of its special tokens, in order (LLaMA-3.1 calls four of the reserved ones by others)
     NAMES = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{n}|>" for n in range(251))]
     NAMES[6:7] = ["<|start_header_id|>", "<|end_header_id|>", NAMES[6], "<|eot_id|>"]
-    hf_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": True,
-        "additional_special_tokens": NAMES,
-    }
-    hf_config |= {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    hf_config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "bos_token": NAMES[0]}
+    hf_config |= {"eos_token": NAMES[1], "additional_special_tokens": NAMES}
 
     def __init__(self, raw: bytes):
         import tiktoken
@@ -363,14 +359,12 @@ class Dataset:
         rows, texts, cut = [], [], np.zeros(2, dtype=int)
         text_bos = ~np.array(tokenizer.encode(""), dtype=np.int32)
         text_eos = np.array(tokenizer.encode("", bos=False, eos=len(records) > 1), dtype=np.int32)
-        if special := getattr(tokenizer, "special", None):
-            spelt = [found[0] for record in records if (found := special.search("".join(sum(record.turns, ()))))]
-            if spelt:
-                what = (
-                    f"{len(spelt)} records spell out a special token, as {spelt[0]}, which this tokenizer reads as text"
-                )
-                how = "leave it out (BOS and EOS are added), or use the model's tokenizer.json alone"
-                warnings.warn(f"--data or --val-data: {what}: {how}", stacklevel=2)
+        special = getattr(tokenizer, "special", None) or re.compile(r"(?!)")
+        found = (special.search("".join(sum(record.turns, ()))) for record in records)
+        if spelt := [match[0] for match in found if match]:
+            what = f"{len(spelt)} records spell out a special token, as {spelt[0]}, which this tokenizer reads as text"
+            how = "leave it out (BOS and EOS are added), or use the model's tokenizer.json alone"
+            warnings.warn(f"--data or --val-data: {what}: {how}", stacklevel=2)
         for record in tqdm(records, "tokenising", leave=False, disable=None):
             if record.plain:
                 ids = encode_long(tokenizer, record.turns[0][1])  # which may have BOS and EOS itself
