@@ -77,7 +77,7 @@ def parse_record(record: object) -> Record:
             return Record([(system_prompt(record) + as_text(prompt), as_text(completion))])
         case {"question": question, "answer": answer}:
             return parse_record(record | {"prompt": alpaca_prompt(as_text(question)), "completion": answer})
-        case {"messages": messages} | {"conversations": messages} | {"conversation": messages}:
+        case {"messages": messages} | {"conversations": messages} | {"conversation": list(messages)}:
             return parse_messages(messages, system_prompt(record))
         case {"text": content}:
             return Record([("", as_text(content))], plain=True)
@@ -96,7 +96,7 @@ def parse_messages(messages: object, prompt: str = "") -> Record:
     them all. Context alone are messages of `weight` 0 (OpenAI's format), empty ones, and a first one to which there is
     nothing to answer."""
     turns, context = [], []
-    for message in messages if isinstance(messages, list) else [None]:
+    for message in messages if isinstance(messages, list) else [messages]:
         match message:
             case {"role": "system", "content": content} | {"from": "system", "value": content}:
                 prompt += as_text(content) + "\n\n"
@@ -123,9 +123,9 @@ def as_text(value: object) -> str:
     return value
 
 
-# Fields that an answer may depend on. Beside a plain text the last three may be all that is to be learnt.
-UNREAD = ("prompt", "instruction", "input", "question", "context", "passage", "article", "hint", "options", "A", "history",
-          "tools", "system_prompt", "label", "role", "summary")  # fmt: skip
+# Fields that an answer may depend on. Beside a plain text the last two may be all that is to be learnt.
+UNREAD = ("instruction", "input", "question", "context", "passage", "article", "hint", "options", "A", "history", "tools",
+          "system_prompt", "label", "summary")  # fmt: skip
 
 
 def load_records(path: str | Path) -> list[Record]:
@@ -143,10 +143,10 @@ def load_records(path: str | Path) -> list[Record]:
     for number, value in found:
         try:
             records.append(parse_record(value))
-            text = "".join(sum(records[-1].turns, ()))
-            given = {key: value.get(key) for key in (UNREAD[-3:] if records[-1].plain else UNREAD)}
-            given = {key: what for key, what in given.items() if what not in (None, "", "[]", [], {})}
-            unread |= {key for key, what in given.items() if not isinstance(what, str) or what not in text}
+            given = {key: value.get(key) for key in (UNREAD[-2:] if records[-1].plain else UNREAD)}
+            if given := {key: what for key, what in given.items() if what not in (None, "", "[]", [], {})}:
+                text = "\n".join((*sum(records[-1].turns, ()), *records[-1].choices))
+                unread |= {key for key, what in given.items() if not isinstance(what, str) or what.strip() not in text}
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: {kind} {number}: {error}") from None
     if unread:
@@ -155,11 +155,9 @@ def load_records(path: str | Path) -> list[Record]:
     learnt = ([text for n, (_, text) in enumerate(record.turns) if n not in record.context] for record in records)
     full = [record for record, texts in zip(records, learnt) if any(map(str.strip, texts))]
     if not full:
-        raise InputError(f"{path}: holds no records" + " with a completion to learn" * bool(records))
+        raise InputError(f"{path}: holds no records" + " with anything to learn" * bool(records))
     if empty := len(records) - len(full):
-        warnings.warn(
-            f"{path}: {empty} of {len(records)} records have no completion, or an empty one: left out", stacklevel=2
-        )
+        warnings.warn(f"{path}: {empty} of {len(records)} records have nothing to learn: left out", stacklevel=2)
     return full
 
 
@@ -186,11 +184,18 @@ def split_records(records: list[Record], share: float, most: int, seed: int) -> 
 class Tokenizer:
     """Text to token ids and back, by the package in `model`. Has `vocab_size`, and `bos_id` and `eos_id`, which are -1
     if there are no such tokens. hf_config: what Hugging Face's tools need to be told, or they take it for another one;
-    nothing if it says that itself. special: a pattern of the special tokens that it reads as text where a text spells
-    them out."""
+    nothing if it says that itself."""
 
     hf_config: dict = {}
-    special: re.Pattern | None = None
+
+    def spelt_out(self, text: str) -> str | None:
+        """The first special token that a text spells out and that is read as text."""
+        pieces = (match[0] for match in re.finditer(r"[<\[][^\s<>\[\]]+[>\]]", text))
+        return next(filter(self.is_special, pieces), None)
+
+    def is_special(self, piece: str) -> bool:
+        """Whether a piece of text is the name of a token that no text is encoded as."""
+        return False
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of a text, between BOS and EOS if asked for. A text that has them itself gets no second ones."""
@@ -214,27 +219,28 @@ class SentencePieceTokenizer(Tokenizer):
         self.model.LoadFromSerializedProto(raw)
         self.vocab_size, self.bos_id, self.eos_id = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.model.unk_id()}
-        control = filter(self.model.is_control, range(self.vocab_size))
-        self.special = re.compile("|".join(re.escape(self.model.id_to_piece(id)) for id in control) or r"(?!)")
         # transformers 5 puts together a LlamaTokenizer's merges in another order than SentencePiece.
         self.hf_config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "legacy": True}
         self.hf_config |= {key: self.model.id_to_piece(id) for key, id in ids.items() if id >= 0}
 
+    def is_special(self, piece: str) -> bool:
+        return self.model.is_control(self.model.piece_to_id(piece))
+
 
 class TiktokenTokenizer(Tokenizer):
-    """LLaMA-3: byte-pair ranks, then 256 special tokens, the first two of which are BOS and EOS."""
+    """LLaMA-3: byte-pair ranks, then 256 special tokens, the first two of which are BOS and EOS, if it is not told of
+    another `eos_token`, as a chat model has."""
 
     # How text is split before pairs are merged: GPT-4's pattern, as LLaMA-3 uses it
     PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     PATTERN += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    special = re.compile(r"<\|[a-z_0-9]+\|>")
     # The names of its special tokens, in order (LLaMA-3.1 calls four of the reserved ones by others)
     NAMES = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{n}|>" for n in range(251))]
     NAMES[6:7] = ["<|start_header_id|>", "<|end_header_id|>", NAMES[6], "<|eot_id|>"]
     hf_config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "bos_token": NAMES[0]}
-    hf_config |= {"eos_token": NAMES[1], "additional_special_tokens": NAMES}
+    hf_config |= {"additional_special_tokens": NAMES}
 
-    def __init__(self, raw: bytes):
+    def __init__(self, raw: bytes, eos_token: str | None):
         import tiktoken
 
         lines = map(bytes.split, raw.splitlines())
@@ -243,7 +249,9 @@ class TiktokenTokenizer(Tokenizer):
             raise ValueError("its ranks do not count up from 0, each with another token")
         # tiktoken is not told of the special tokens: where a text spells one out, it is text.
         self.model = tiktoken.Encoding("llama3", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={})
-        self.bos_id, self.eos_id, self.vocab_size = len(ranks), len(ranks) + 1, len(ranks) + 256
+        eos_token = eos_token if eos_token in self.NAMES else self.NAMES[1]
+        self.bos_id, self.eos_id = len(ranks), len(ranks) + self.NAMES.index(eos_token)
+        self.vocab_size, self.hf_config = len(ranks) + 256, self.hf_config | {"eos_token": eos_token}
 
     def encode_text(self, text: str) -> list[int]:
         # A run of a million blanks would exhaust tiktoken's stack. Meta cuts runs after 25,000 characters, too.
@@ -252,6 +260,9 @@ class TiktokenTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return super().decode([i for i in ids if i < self.bos_id])
+
+    def is_special(self, piece: str) -> bool:
+        return piece in self.NAMES
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -281,20 +292,28 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.model.encode(text, add_special_tokens=False).ids
 
 
-# The last one is Meta's, which does not know where a chat model ends.
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.json", "original/tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.model", "original/tokenizer.model", "tokenizer.model.v3", "tokenizer.json")
+
+
+def named_eos(folder: Path) -> str | None:
+    """The token that ends a text, by the name that Hugging Face's `tokenizer_config.json` has for it, if there is one."""
+    file = folder / "tokenizer_config.json"
+    token = read_json(file).get("eos_token") if file.is_file() else None
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder, or of a file. Raises InputError if there is none or it is damaged."""
     path = Path(path)
+    folder = path if path.is_dir() else path.parent
     if path.is_dir():
         path = next((path / name for name in TOKENIZER_FILES if (path / name).is_file()), path / TOKENIZER_FILES[0])
     try:
         raw = path.read_bytes()
         if path.suffix == ".json":
             return HuggingFaceTokenizer(raw, path.parent)
-        return TiktokenTokenizer(raw) if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw) else SentencePieceTokenizer(raw)
+        ranks = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw)
+        return TiktokenTokenizer(raw, named_eos(folder)) if ranks else SentencePieceTokenizer(raw)
     except FileNotFoundError:
         raise InputError(f"{path}: missing, and so is tokenizer.json; copy the model's own there") from None
     except ImportError as error:
@@ -359,9 +378,8 @@ class Dataset:
         rows, texts, cut = [], [], np.zeros(2, dtype=int)
         text_bos = ~np.array(tokenizer.encode(""), dtype=np.int32)
         text_eos = np.array(tokenizer.encode("", bos=False, eos=len(records) > 1), dtype=np.int32)
-        special = getattr(tokenizer, "special", None) or re.compile(r"(?!)")
-        found = (special.search("".join(sum(record.turns, ()))) for record in records)
-        if spelt := [match[0] for match in found if match]:
+        spelt_out = getattr(tokenizer, "spelt_out", lambda text: None)
+        if spelt := list(filter(None, (spelt_out("".join(sum(record.turns, ()))) for record in records))):
             what = f"{len(spelt)} records spell out a special token, as {spelt[0]}, which this tokenizer reads as text"
             how = "leave it out (BOS and EOS are added), or use the model's tokenizer.json alone"
             warnings.warn(f"--data or --val-data: {what}: {how}", stacklevel=2)

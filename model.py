@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import FOREIGN, InputError, Layout, Tokenizer, alpaca_prompt, at_least, atomic_write, command, copy_tokenizer
-from data import load_tokenizer, read_json
+from data import load_tokenizer, named_eos, read_json
 from owlore import Linear, once_differentiable, own, own_rows, whole
 
 
@@ -651,11 +651,9 @@ def load(path: str | Path, args: argparse.Namespace, distribute=None) -> tuple[T
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(f"{path}: {tokenizer.vocab_size} tokens in tokenizer, {model.config.vocab_size} in model: take out "
                          "of it what was added, as a padding token, or copy the model's own there")  # fmt: skip
-    ends, file, said = config_ends(path), Path(path) / "tokenizer_config.json", ""
-    token = read_json(file).get("eos_token") if tokenizer.hf_config and file.is_file() else None
-    token = token.get("content") if isinstance(token, dict) else token
-    if token not in (None, tokenizer.hf_config.get("eos_token")):
-        said = f"{file.name} says {token}"
+    ends, token, said = config_ends(path), named_eos(Path(path)), ""
+    if tokenizer.hf_config and token not in (None, tokenizer.hf_config.get("eos_token")):
+        said = f"tokenizer_config.json says {token}"
     if ends and tokenizer.eos_id not in ends:
         said = f"config.json says {', '.join(map(str, ends))}"
     if said:

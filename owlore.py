@@ -185,7 +185,9 @@ class LayerSampler:
         active = {p for index in self.drawn for p in self.layers[index].parameters()}
         if active and any(p.requires_grad for layer in self.layers for p in set(layer.parameters()) - active):
             how = "call sampler.activate(sampler.drawn) after what unfreezes them, as peft's disable_adapter() does"
-            warnings.warn(f"layers that were not drawn have been trained: {how}", stacklevel=2)
+            warnings.warn(
+                f"layers that were not drawn require gradients, and may have been trained: {how}", stacklevel=2
+            )
         # Layers of 1e-30 are drawn only for places that those of a real probability leave, and then uniformly.
         p = self.probabilities.clamp(min=1e-30)
         self.activate(sorted(torch.multinomial(p, self.active, generator=self.generator).tolist()))
@@ -721,26 +723,30 @@ class ProjectedGradient(Tensor):
             else:
                 self.low_rank(group)
         else:
+            self.require_basis()
             R = optimizer._project(group, p, G) if R is None else R.float()
             self.R = R if self.R is None else self.R.add_(R)
-            self.basis = optimizer.state[p]["basis"]
 
     @without_autocast()
     def low_rank(self, group: dict) -> Tensor:
         """R of the whole step, or a scalar, as `ProjectedAdam._project`."""
-        p = self.p()
-        now = self.optimizer().state[p].get("basis")
-        if self.basis is not None and now is not self.basis and (now is None or not torch.equal(now, self.basis)):
-            raise RuntimeError("the optimizer's state has changed since the backward pass: zero_grad() and another one")
         if self.G is not None:
+            p = self.p()
             G, self.G, all_rows = self.G.to(compute_device(p)), None, None
             if self.partial:
                 all_rows = mean_over_processes(G, p)
                 self.partial, G = False, all_rows[rows_of(p)]
             self.R = self.optimizer()._project(group, p, G, all_rows)
-            self.basis = self.optimizer().state[p].get("basis")
             self.lr = float(group["lr"]) if group["residual"] and self.R.dim() else None
+        self.require_basis()
         return self.R
+
+    def require_basis(self) -> None:
+        """Raise RuntimeError if R is in another basis than the optimizer's state has now: one may have been loaded."""
+        now = self.optimizer().state[self.p()].get("basis")
+        if self.basis is not None and now is not self.basis and (now is None or not torch.equal(now, self.basis)):
+            raise RuntimeError("the optimizer's state has changed since the backward pass: zero_grad() and another one")
+        self.basis = now
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):

@@ -964,11 +964,13 @@ def test_record_types(raw, record):
         ({"prompt": "a", "completion": "b", "history": [], "context": "", "options": None}, ""),
         ({"conversations": CHAT["messages"], "tools": "[]"}, ""),
         ({"text": "all of it", "context": "c"}, ""),
-        ({"text": "a film", "label": 0, "role": None}, "label"),
+        ({"text": "a film", "label": 0, "summary": None}, "label"),
         ({"prompt": "a", "completion": "b", "label": False}, "label"),  # one that is not to be learnt, in KTO
-        ({"prompt": "Translate", "input": "Hi", "output": "Salut"}, "prompt"),
-        ({"prompt": "hi", **CHAT}, ""),  # it is there, as the first message
+        ({"instruction": "Translate", "question": "Hi", "answer": "Salut"}, "instruction"),
+        ({"question": " hi\n", **CHAT}, ""),  # it is there, as the first message
         ({"question": "2 + 2?", "A": "3", "B": "4", "answer": "B"}, "A"),
+        ({"question": "2 + 2?", "A": "3", "choices": ["3", "4"], "answer": 1}, ""),
+        ({"text": "hello", "conversation": "c1"}, ""),
     ],
 )
 def test_fields_that_are_not_read_are_told(record, unread, tmp_path):
@@ -996,7 +998,7 @@ def test_a_message_of_weight_0_is_context_alone(tmp_path):
         record = parse_record({"messages": [*first, wrong | {"weight": 1}, again, right]})  # without a question
         assert [text for n, (_, text) in enumerate(record.turns) if n not in record.context] == learnt
     (tmp_path / "a.json").write_text(json.dumps([{"messages": [question, wrong, again, right | {"content": " "}]}]))
-    with pytest.raises(InputError, match="with a completion to learn"):  # what is left to learn is
+    with pytest.raises(InputError, match="with anything to learn"):  # what is left to learn is
         load_records(tmp_path / "a.json")
 
 
@@ -1178,13 +1180,13 @@ def test_tokenizer_json_alone_is_read(tokenizer_json, text):
     assert data.encode_long(tokenizer, text).tolist() == ids
 
 
-def test_tokenizer_json_comes_after_tokenizer_model_but_before_metas_own(tokenizer_json):
-    """LLaMA-3's folders have the last one, too: for it a chat model ends its answers in another token than it does."""
-    raw = (TINY / "tokenizer.model").read_bytes()
-    for name, kind in (("original/tokenizer.model", "HuggingFace"), ("tokenizer.model", "SentencePiece")):
-        (tokenizer_json / name).parent.mkdir(exist_ok=True)
-        (tokenizer_json / name).write_bytes(raw)
-        assert type(load_tokenizer(tokenizer_json)).__name__ == f"{kind}Tokenizer"
+@pytest.mark.parametrize("told, eos", [("<|eot_id|>", 9), ({"content": "<|eot_id|>"}, 9), (None, 1), ("</s>", 1)])
+def test_llama3_ends_in_the_token_that_its_folder_names(told, eos, tmp_path):
+    """As a chat model's answers do, of which Meta's own file does not know."""
+    (tmp_path / "original").mkdir()
+    shutil.copy(tokenizer_folder("llama3") / "tokenizer.model", tmp_path / "original")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": told}))
+    assert load_tokenizer(tmp_path).encode("", eos=True) == [128000, 128000 + eos]
 
 
 def test_tokenizer_json_encodes_as_transformers_does(tokenizer_json):
@@ -1324,10 +1326,10 @@ def test_records_with_an_empty_completion_are_counted_and_left_out(blank, checkp
     ]
     rows, file = [{"prompt": "a", "completion": " b"}] * 3 + empty, tmp_path / "data.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.warns(UserWarning, match="6 of 9 records have no completion, or an empty one"):
+    with pytest.warns(UserWarning, match="6 of 9 records have nothing to learn"):
         assert load_records(file) == [Record([("a", " b")])] * 3
     file.write_text("\n".join(map(json.dumps, empty)))
-    assert_refused(cli(f"--ckpt {checkpoint} --data {file} --out {tmp_path / 'run'}"), "with a completion to learn")
+    assert_refused(cli(f"--ckpt {checkpoint} --data {file} --out {tmp_path / 'run'}"), "with anything to learn")
 
 
 def test_data_without_a_token_to_learn_is_refused():
@@ -1693,7 +1695,7 @@ def test_layers_that_were_unfrozen_between_two_draws_are_told():
         sampler.activate(sampler.drawn)
         sampler.resample()
     nn.ModuleList(layers).requires_grad_(True)
-    with pytest.warns(UserWarning, match="not drawn have been trained"):
+    with pytest.warns(UserWarning, match="not drawn require gradients"):
         sampler.resample()
     assert len(sampler.drawn) == sum(layer.weight.requires_grad for layer in layers) == 2
     assert sampler.probabilities.tolist() == [1] * 4
@@ -2329,9 +2331,9 @@ def test_an_lr_set_after_the_backward_pass_is_refused_if_a_residual_was_added(mo
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_gradient_in_another_basis_than_the_state_that_was_loaded_is_refused(residual):
     net, optimizer = small_net(in_backward=True, residual=residual)
-    train_net(net, optimizer, 4)  # a new basis is due next
+    train_net(net, optimizer, 3)
     snapshot = copy.deepcopy(optimizer.state_dict())
-    train_net(net, optimizer, 1)
+    train_net(net, optimizer, 2)  # the second with a new basis
     same = copy.deepcopy(optimizer.state_dict())
     optimizer.zero_grad()
     loss_of(net).backward()
@@ -2340,6 +2342,13 @@ def test_a_gradient_in_another_basis_than_the_state_that_was_loaded_is_refused(r
         optimizer.step()
     optimizer.load_state_dict(same)  # has the basis of the gradient
     optimizer.step()
+    optimizer.zero_grad()
+    optimizer.micro_batches = 2
+    if not residual:  # for which the first micro-batch's gradient would wait
+        loss_of(net).backward()
+        optimizer.load_state_dict(snapshot)
+        with pytest.raises(RuntimeError, match="state has changed since the backward pass"):
+            loss_of(net).backward()
 
 
 def test_a_constructor_that_refuses_leaves_no_hooks():
@@ -4089,6 +4098,7 @@ def test_special_tokens_that_are_spelt_out_are_told(name, mark):
     records = [data.Record([("a", "b"), ("c", f"d{mark}")]), data.Record([("", "e")], plain=True)]
     with pytest.warns(UserWarning, match=f"1 records spell out a special token, as {re.escape(mark)}"):
         data.Dataset(records, tokenizer, 16)
+    records[1] = data.Record([("", "<b> x[0] <|im_start|> [INST]")], plain=True)  # none of its
     with no_warning():
         data.Dataset(records[1:], tokenizer, 16)
 
@@ -4121,13 +4131,13 @@ def test_train_refuses_a_bad_checkpoint(case, base, monkeypatch, checkpoint, tmp
     ("table.csv", b"a,b\n1,2\n", "CSV"),
     ("table.parquet", b"PAR1", "Parquet"),
     ("weights.pth", b"PK", "weights"),
-    ("blank.jsonl", b'{"prompt": "a", "completion": ""}\n', "with a completion to learn"),
+    ("blank.jsonl", b'{"prompt": "a", "completion": ""}\n', "with anything to learn"),
     ("numbers.json", b"[1, 2]", "record 1"),
     ("types.json", b'[{"text": "a"}, {"text": 3}]', "record 2"),
     ("none.json", b"[]", "no records"),
     ("typed.json", b'{"type": "images", "instances": []}', "type"),
     ("choices.jsonl", b'{"prompt": "a", "choices": ["b", "c"], "answer": 7}\n', "answer"),
-    ("chat.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}\n', "completion to learn"),
+    ("chat.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}\n', "anything to learn"),
     ("short.txt", b"a", "short"),
     ("single.jsonl", b'{"prompt": "a", "completion": "b"}\n', "one record"),
     ("deep.json", b"[" * 100000, "line 1"),

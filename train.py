@@ -311,7 +311,7 @@ def host_memory(model: Transformer, args: argparse.Namespace) -> float:
     what is not projected; and whole gradients where they wait for the last micro-batch (see owlore.ProjectedGradient),
     or, with --offload and a residual, for `step`. FSDP pins what it moves, and torch rounds that up to a power of two."""
     several, host = args.micro_batch_size * processes() < args.batch_size, 0.0
-    for kind, inside, weight, gradient, state in parameter_sizes(model, args):
+    for kind, inside, weight, _, state in parameter_sizes(model, args):
         share = args.active / model.config.n_layers if args.sampling and inside else 1
         pinned = processes() * 2 ** math.ceil(math.log2(weight / processes()))
         host += args.offload * pinned
@@ -854,7 +854,7 @@ def load_inputs(args: argparse.Namespace, state: dict) -> tuple[Transformer, dic
         records, held_out = [] if args.eval_only else load_records(args.data), load_records(args.val_data)
     else:
         records, held_out = split_records(load_records(args.data), HELD_OUT, HELD_OUT_RECORDS, args.seed)
-    known = {tuple(record.turns) for record in records}
+    known = {tuple(record.turns) for record in held_out}.intersection(tuple(record.turns) for record in records)
     if twice := sum(tuple(record.turns) in known for record in held_out):
         where = "remove doubles from --data" + ", or give --val-data" * (not args.val_data)
         warnings.warn(f"{twice} of {len(held_out)} validation records are trained on as well: {where}", stacklevel=2)
