@@ -4350,6 +4350,19 @@ def test_the_memory_benchmark_counts_the_state_of_every_method(method, monkeypat
     assert counted["predicted"] > counted["weights"] + counted["state"]
 
 
+@pytest.mark.parametrize("flags", ["", "--method full"])
+def test_host_memory_is_estimated_as_it_is_counted(flags, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "bench")
+    import memory
+
+    monkeypatch.setattr(memory, "DRAWS", 1)
+    config = ModelConfig(dim=64, n_layers=2, n_heads=4, vocab_size=128)  # powers of two, which pinning leaves alone
+    shape = "--batch-size 4 --micro-batch-size 1 --seq-len 8 --offload --embeddings full"
+    args = memory.settings([*shape.split(), *flags.split()], config)
+    result = memory.measure(config, args)
+    assert result["pinned"] == pytest.approx(result["host"], rel=0.02)
+
+
 def test_a_folder_that_cannot_be_made_is_named(base, tmp_path):
     (tmp_path / "file").write_text("")
     for out, names in ((tmp_path / ("x" * 300), "too long"), (tmp_path / "file/run", "file/run")):

@@ -102,15 +102,12 @@ class LiveStorages(TorchDispatchMode):
             self.known[key] = self.known[key][0], size, False
             self.peak = max(self.peak, self.live)
 
-    def to_host(self, tensor: torch.Tensor, pinned: bool = False) -> None:
-        """Count a tensor no longer on the device. A fake one does not go where it is sent. Pinned memory is rounded up to
-        a power of two by torch."""
+    def to_host(self, tensor: torch.Tensor) -> None:
+        """Count a tensor no longer on the device. A fake one does not go where it is sent."""
         key = id(tensor.untyped_storage())
         reference, size, on_host = self.known[key]
         if not on_host:
-            self.live -= size
-            size = 2 ** math.ceil(math.log2(size)) if pinned else size
-            self.host, self.known[key] = self.host + size, (reference, size, True)
+            self.live, self.host, self.known[key] = self.live - size, self.host + size, (reference, size, True)
             self.host_peak = max(self.host_peak, self.host)
 
 
@@ -154,8 +151,9 @@ def run_steps(
         weight = owlore.own(p.detach())
         weight.normal_(0, 0.02) if p.dim() == 2 else weight.fill_(1.0)
         if live and args.offload:
-            live.to_host(owlore.own(p), pinned=True)
-            p.register_post_accumulate_grad_hook(lambda p: live.to_host(owlore.own(p.grad), pinned=True))
+            live.to_host(owlore.own(p))
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p: live.to_host(owlore.own(p.grad)))
     if live:  # what comes before is not the step's
         live.peak = live.live
     shape = args.micro_batch_size, args.seq_len
@@ -195,7 +193,7 @@ def measure(config: ModelConfig, args: argparse.Namespace, processes: int = 1) -
     def make_moments(state: dict, g: torch.Tensor) -> tuple:
         made = moments(state, g)
         if args.offload and "basis" not in state and made[2] == 1:  # they are where the weights are
-            live.to_host(made[0]), live.to_host(made[1])
+            live.to_host(owlore.own(made[0])), live.to_host(owlore.own(made[1]))
         return made
 
     def then_resized(function: Callable) -> Callable:
@@ -204,7 +202,7 @@ def measure(config: ModelConfig, args: argparse.Namespace, processes: int = 1) -
     if args.offload or processes > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     model, where = build(config, args)
-    estimated = train.step_memory(model, args)
+    estimated, pinned = train.step_memory(model, args), train.host_memory(model, args)
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         live,
@@ -230,7 +228,7 @@ def measure(config: ModelConfig, args: argparse.Namespace, processes: int = 1) -
         if args.offload:
             dist.destroy_process_group()
     return {"weights": weights, "state": state, "estimated": estimated, "predicted": live.peak, "measured": measured,
-            "reserved": reserved, "host": live.host_peak, "sent": sent}  # fmt: skip
+            "reserved": reserved, "host": live.host_peak, "pinned": pinned, "sent": sent}  # fmt: skip
 
 
 def parse_shape(name: str) -> ModelConfig:
@@ -240,7 +238,8 @@ def parse_shape(name: str) -> ModelConfig:
 
 CARD = {"weights": "weights", "state": "optimizer state", "estimated": "peak, estimated", "predicted": "peak, counted"}
 CARD |= {"measured": "peak, measured on the GPU", "reserved": "reserved for it"} if torch.cuda.is_available() else {}
-HOST = {"estimated": "peak, estimated", "predicted": "peak, counted", "host": "host memory"}
+HOST = {"estimated": "peak, estimated", "predicted": "peak, counted", "pinned": "host memory, estimated"}
+HOST |= {"host": "host memory, counted"}
 SHARED = {
     "weights": "its weights",
     "estimated": "peak, estimated",
@@ -369,8 +368,8 @@ For comparison: the paper (arXiv 2405.18380) reports 21 GB for OwLore on LLaMA-2
 The peak is that of the device, one row at once. Host memory has the weights, gradients and moments of embedding, head
 and norms, and the gradients that wait for new bases, or in each step with a residual. What is counted is a lower
 bound: on the CPU, where this runs, FSDP brings in no block ahead of its use, and bringing one to the device makes no
-copy. The estimate has both. What FSDP moves it pins, and torch rounds pinned memory up to powers of two, which is
-counted (gradients, too, as torch 2.11 pins them).
+copy. The estimate has both. What FSDP moves is pinned, which torch rounds up to powers of two: the estimate of host
+memory has that, too.
 With several micro-batches the sums grow with the active layers, whatever their rank.
 
 Each pass brings in every weight, 2 bytes; of every token it is multiplied with, forward, recomputing and backward take 6
