@@ -1052,6 +1052,8 @@ def run_studies(args: argparse.Namespace) -> None:
     """Run the studies, and write each one's section as soon as it is finished."""
     if len(set(args.lrs)) < max(2, len(args.lrs)):
         raise InputError("--lrs: give at least two, all different")
+    if args.epochs and (counting := {"longer", "moments", "layers"} & set(args.studies)):
+        raise InputError(f"--epochs: {', '.join(sorted(counting))} count in steps; give --steps")
     args.config, args.steps = parse_shape(args.ckpt), None if args.epochs else args.steps
     args.name, args.files = Path(args.ckpt).resolve().name, checksum(args)
     RESULTS.mkdir(exist_ok=True)
